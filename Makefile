@@ -1,0 +1,45 @@
+# `make` lists what there is. Everything runs in .venv, which is made when it is missing and filled
+# again only when pyproject.toml or constraints.txt changes.
+# More arguments go in ARGS: make test ARGS="-x tests/test_solvers.py", make lab ARGS=--no-browser
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.installed
+# Lesson 00 is opened first; all others are in the side bar.
+FIRST := $(firstword $(sort $(wildcard notebooks/*/*.ipynb)))
+
+.PHONY: help install lab test lint demo clean distclean
+.DEFAULT_GOAL := help
+
+help:  ## List these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+install: $(READY)  ## Make .venv and install everything into it
+
+# A .venv without pip is what is left when making it failed half-way: it is made again.
+$(READY): pyproject.toml constraints.txt
+	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -c constraints.txt -e '.[dev]' || { echo "Not installed. If pip asks for \
+	another Python, have one: make distclean, then make install PYTHON=python3.12" >&2; exit 1; }
+	@touch $@
+
+lab: $(READY)  ## Open the lessons in JupyterLab
+	$(PY) -m jupyterlab --ServerApp.root_dir=notebooks $(FIRST) $(ARGS)
+
+test: export HF_HUB_OFFLINE = 1
+test: $(READY)  ## Run all tests and every lesson; needs no network
+	$(PY) -m pytest --nbval --nbval-current-env $(ARGS)
+
+lint: $(READY)  ## Check the style of the code and of the lessons
+	$(PY) -m ruff check $(ARGS)
+
+demo: $(READY)  ## Run all tasks of the shipped model; writes demo.png
+	$(PY) -m minidiffuser demo $(ARGS)
+
+clean:  ## Remove caches and what was built; keeps .venv, runs/ and your notebooks
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	rm -rf .pytest_cache .ruff_cache build dist demo.png
+
+distclean: clean  ## Remove .venv as well
+	rm -rf $(VENV)

@@ -1,0 +1,136 @@
+"""Scores of an image-caption model on a table small enough to search whole.
+
+    t2i_top1      share of captions whose generated image is nearest, among all images of train and
+                  test (L2 between 32 x 32 RGB), to the caption's own image
+    i2t_exact     share of images whose generated caption is the image's own, word for word
+    i2t_token_f1  mean F1 of the tokens of generated and own caption, as bags
+    joint_top1    share of generated pairs whose caption is that of the image nearest to the image
+
+They are comparable between models on the same table, and with nothing else: not with FID or CLIP
+score, and not across tables.  Identical drawings under two captions count as each other's own.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .pipeline import UniDiffuser, training_arrays
+
+SCORE_SIDE = 32
+
+
+def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """A 95% interval of a proportion (Wilson, JASA 1927), sound for few samples and near 0 or 1."""
+    if n < 1:
+        raise ValueError(f"an interval needs at least 1 sample, got {n}")
+    p, shrink = successes / n, 1 + z**2 / n
+    centre = (p + z**2 / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mean_interval(values: Sequence[float], z: float = 1.96) -> tuple[float, float]:
+    """A 95% interval of a mean of values in [0, 1], by the normal approximation, clipped."""
+    if len(values) < 2:
+        raise ValueError(f"an interval of a mean needs at least 2 samples, got {len(values)}")
+    mean = sum(values) / len(values)
+    error = z * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return max(0.0, mean - error), min(1.0, mean + error)
+
+
+def token_f1(generated: Sequence, own: Sequence) -> float:
+    """F1 of two bags of tokens: 1 for the same bag, 0 for nothing in common."""
+    common = sum((Counter(generated) & Counter(own)).values())
+    return 2 * common / (len(generated) + len(own)) if common else float(not generated and not own)
+
+
+def small(pixels: np.ndarray) -> Tensor:
+    """(N, S, S, 3) uint8 -> (N, 32 * 32 * 3) float32, by averaging squares."""
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    return torch.nn.functional.adaptive_avg_pool2d(x, SCORE_SIDE).flatten(1)
+
+
+class Gallery:
+    """All images of a table, searched by L2 distance.
+
+    Args:
+        pixels: (N, S, S, 3) uint8; captions: N.
+    """
+
+    def __init__(self, pixels: np.ndarray, captions: Sequence[str]):
+        self.points, self.captions = small(pixels), list(captions)
+
+    def captions_of_nearest(self, pixels: np.ndarray, slack: float = 1e-4) -> list[set[str]]:
+        """For each image, the captions of the nearest one and of those identical to it."""
+        distance = torch.cdist(small(pixels), self.points,
+                               compute_mode="donot_use_mm_for_euclid_dist")
+        nearest = distance <= distance.min(1, keepdim=True).values + slack
+        return [{self.captions[i] for i in row.nonzero()[:, 0].tolist()} for row in nearest]
+
+
+def evaluate(
+    pipe: UniDiffuser, n: int = 128, seed: int = 0, steps: int = 25, guidance_scale: float = 2.0
+) -> dict:
+    """Score a model on ``n`` captions of the held-out split, and on as many of train.
+
+    Args:
+        n: rows of each split, evenly spaced through it (all of it where it has fewer).
+
+    Returns:
+        ``{"test": {score: {"value", "interval", "n"}}, "train": ..., "joint_top1": ...,
+        "settings"}``; joint samples belong to no split.
+    """
+    tables = {split: training_arrays(pipe.cfg, split) for split in ("train", "test")}
+    gallery = Gallery(np.concatenate([t[0] for t in tables.values()]),
+                      [c for t in tables.values() for c in t[1]])
+    how = {"steps": steps, "guidance_scale": guidance_scale, "seed": seed}
+    scores = {split: _score_split(pipe, gallery, *tables[split], n, how)
+              for split in ("test", "train")}
+    images, captions = _in_batches(pipe, ("image", "text"), {}, n, how)
+    nearest = gallery.captions_of_nearest(images)
+    hits = sum(c in found for c, found in zip(captions, nearest, strict=True))
+    return {**scores, "joint_top1": _proportion(hits, n), "settings": {**how, "seed": seed}}
+
+
+def _score_split(pipe, gallery, pixels, captions, n, how) -> dict:
+    rows = np.unique(np.linspace(0, len(captions) - 1, min(n, len(captions))).round().astype(int))
+    pixels, captions = pixels[rows], [captions[i] for i in rows]
+    images, _ = _in_batches(pipe, ("image",), {"text": captions}, len(rows), how)
+    nearest = gallery.captions_of_nearest(images)
+    top1 = sum(c in found for c, found in zip(captions, nearest, strict=True))
+
+    from PIL import Image
+
+    given = {"image": [Image.fromarray(p) for p in pixels]}
+    _, texts = _in_batches(pipe, ("text",), given, len(rows), how)
+    # An image drawn under two captions may be called by either.
+    right = gallery.captions_of_nearest(pixels)
+    exact = sum(t in names for t, names in zip(texts, right, strict=True))
+    f1 = [max(token_f1(t.split(), name.split()) for name in names)
+          for t, names in zip(texts, right, strict=True)]
+    return {
+        "t2i_top1": _proportion(top1, len(rows)),
+        "i2t_exact": _proportion(exact, len(rows)),
+        "i2t_token_f1": {"value": sum(f1) / len(f1), "interval": mean_interval(f1), "n": len(f1)},
+    }
+
+
+def _in_batches(pipe, sampled, given, n, how, size: int = 64) -> tuple[np.ndarray, list[str]]:
+    """Sample n items in batches, each with a seed of its own: (n, S, S, 3) uint8 and captions."""
+    images, texts = [], []
+    for start in range(0, n, size):
+        stop = min(start + size, n)
+        batch = {k: v[start:stop] for k, v in given.items()}
+        made = pipe.sample(sampled, batch, stop - start,
+                           **{**how, "seed": how["seed"] * 1_000_003 + start})
+        images += [np.asarray(i) for i in made.get("image", [])]
+        texts += made.get("text", [])
+    return np.stack(images) if images else np.zeros(0), texts
+
+
+def _proportion(successes: int, n: int) -> dict:
+    return {"value": successes / n, "interval": wilson(successes, n), "n": n}

@@ -1,0 +1,170 @@
+"""The training objective: one independent clock per modality, one loss per part.
+
+    l = sum over parts of  E  w(t) || target - net(x_t, y_s, t, s) ||^2 / dim,
+        t, s drawn independently,   x_t = alpha(t) x_0 + sigma(t) eps
+
+which with the target eps and w = 1 is the UniDiffuser loss (arXiv:2303.06555, eq. 5 and alg. 1).
+
+**Predictions and weights.**  eps, x_0 and v errors differ only by a factor, so any network output
+can be trained under any weighting.  As a weight on the x_0 error, with SNR = alpha^2 / sigma^2:
+
+    eps loss: SNR      v loss: SNR + 1      x0 loss: 1      min-SNR-g: min(SNR, g)
+
+(Min-SNR: Hang et al., arXiv:2303.09556, eq. 6; x_0 outputs under the v loss with large patches:
+Li & He, arXiv:2511.13720.)
+
+**Which timesteps.**  The paper draws (t, s) from the whole square.  Conditional sampling only ever
+visits an edge of it (the given modality at 0, or the ignored one at T), so a fraction of each batch
+may be put there: that is the ``TimestepMix``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from .config import Part
+from .schedule import NoiseSchedule, T
+
+WEIGHTINGS = ("eps", "v", "x0", "min-snr")
+
+
+@dataclass(frozen=True)
+class TimestepMix:
+    """Where in the timestep square samples are put; the four shares are relative.
+
+    Args:
+        square: every clock uniform on {1, ..., T} on its own (the paper's objective).
+        given: one modality uniform, the others clean at 0.
+        ignored: one modality uniform, the others pure noise at T.
+        diagonal: one uniform timestep for all.
+        favour: the modality that ``given`` and ``ignored`` pick, as shares in the order of clocks;
+            empty for equal shares.
+    """
+
+    square: float = 1.0
+    given: float = 0.0
+    ignored: float = 0.0
+    diagonal: float = 0.0
+    favour: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "favour", tuple(self.favour))
+        shares = self.shares
+        if min(shares) < 0 or sum(shares) <= 0:
+            raise ValueError(f"timestep shares must be at least 0 and not all 0, got {shares}")
+
+    @property
+    def shares(self) -> list[float]:
+        return [getattr(self, f.name) for f in fields(self) if f.name != "favour"]
+
+    def draw(self, batch: int, clocks: tuple[str, ...], generator: torch.Generator) -> Tensor:
+        """Timesteps (batch, number of clocks), float32 whole numbers in [0, T]."""
+        n = len(clocks)
+        kind = torch.multinomial(torch.tensor(self.shares), batch, True, generator=generator)
+        kind = kind[:, None]                                                   # (B, 1)
+        favour = torch.tensor(self.favour or (1.0,) * n)
+        chosen = torch.multinomial(favour, batch, True, generator=generator)[:, None]
+        other = torch.arange(n) != chosen                                      # (B, n)
+        t = torch.randint(1, T + 1, (batch, n), generator=generator)
+        t = torch.where((kind == 1) & other, 0, t)
+        t = torch.where((kind == 2) & other, T, t)
+        t = torch.where(kind == 3, t[:, :1], t)
+        return t.float()
+
+
+@dataclass
+class Loss:
+    """What one batch cost. ``total`` is a scalar to call ``backward`` on.
+
+    ``per_part``: part name -> (B,) weighted mean squared error, 0 where the part was given clean.
+    ``t``: clock -> (B,) the timesteps drawn.
+    """
+
+    total: Tensor
+    per_part: dict[str, Tensor]
+    t: dict[str, Tensor]
+
+
+def snr_weight(weighting: str, schedule: NoiseSchedule, t: Tensor, gamma: float = 5.0) -> Tensor:
+    """The weight on the x_0 error at ``t`` (B,): see the table at the head of this file."""
+    snr = schedule.snr(t.clamp(min=1))  # SNR is infinite at 0, where nothing is left to predict
+    if weighting == "eps":
+        return snr
+    if weighting == "v":
+        return snr + 1
+    if weighting == "x0":
+        return torch.ones_like(snr)
+    if weighting == "min-snr":
+        return snr.clamp(max=gamma)
+    raise ValueError(f"unknown weighting {weighting!r}: choose one of {WEIGHTINGS}")
+
+
+def error_weight(
+    prediction: str, weighting: str, schedule: NoiseSchedule, t: Tensor, gamma: float = 5.0
+) -> Tensor:
+    """The weight (B,) on the squared error of the network's own output.
+
+    The x_0 error is (sigma / alpha) times the eps error and sigma times the v error.
+    """
+    weight = snr_weight(weighting, schedule, t, gamma)
+    if prediction == weighting:
+        return torch.ones_like(weight)
+    per_x0 = {"x0": 1.0, "eps": 1 / schedule.snr(t.clamp(min=1)),
+              "v": schedule.sigma(t.clamp(min=1)) ** 2}
+    return weight * per_x0[prediction]
+
+
+def joint_loss(
+    net: nn.Module,
+    schedule: NoiseSchedule,
+    x0: Mapping[str, Tensor],
+    *,
+    parts: tuple[Part, ...],
+    clocks: tuple[str, ...],
+    generator: torch.Generator,
+    prediction: str = "eps",
+    weighting: str = "eps",
+    gamma: float = 5.0,
+    mix: TimestepMix = TimestepMix(),
+    part_weights: Mapping[str, float] | None = None,
+    data_type: Tensor | None = None,
+) -> Loss:
+    """Noise a batch, each modality to its own timestep, and measure what the network predicts.
+
+    Args:
+        net: called as ``net(x, t, data_type)``; it may be wrapped (DDP, FSDP, compiled), which is
+            why ``parts`` and ``clocks`` are passed beside it.
+        x0: part name -> clean data (B, *shape).
+        generator: on the CPU; draws timesteps and noise, so that a run repeats on any device.
+        prediction: what the network's output is; weighting: see the head of this file.
+        part_weights: part name -> factor of its loss, 1 by default.
+
+    Raises:
+        ValueError: unknown prediction or weighting, or data that does not fit the network.
+    """
+    first = x0[parts[0].name]
+    drawn = mix.draw(len(first), clocks, generator).to(first.device)           # (B, clocks)
+    t = {clock: drawn[:, i] for i, clock in enumerate(clocks)}
+    noise = {p.name: _noise(x0[p.name], generator) for p in parts}
+    x = {p.name: schedule.perturb(x0[p.name], t[p.clock], noise[p.name]) for p in parts}
+    out = net(x, t, data_type)
+
+    per_part = {}
+    for p in parts:
+        known = {"eps": noise[p.name], "x0": x0[p.name]}
+        target = known.get(prediction)
+        if target is None:
+            target = schedule.convert(noise[p.name], "eps", prediction, x[p.name], t[p.clock])
+        error = (out[p.name].float() - target).square().flatten(1).mean(1)     # (B,)
+        weight = error_weight(prediction, weighting, schedule, t[p.clock], gamma)
+        per_part[p.name] = weight * error * (t[p.clock] > 0)
+    factors = part_weights or {}
+    total = sum(factors.get(name, 1.0) * loss.mean() for name, loss in per_part.items())
+    return Loss(total, {k: v.detach() for k, v in per_part.items()}, t)
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    """N(0, I) of a tensor's shape, drawn on the CPU."""
+    return torch.randn(like.shape, generator=generator).to(like.device)

@@ -1,0 +1,379 @@
+"""UniDiffuser, put together: codecs, network and solver behind the tasks people ask for.
+
+    pipe = UniDiffuser.from_pretrained("emoji")
+    pipe.text_to_image("red apple", n=4, seed=0)         # -> 4 PIL images
+    pipe.image_to_text("apple.png")                      # -> ["red apple"]
+    pipe.joint(n=4)   pipe.image(n=4)   pipe.text(n=4)   # pairs and marginals
+    pipe.sample(sampled=("image",), given={"text": "red apple"})  # what all of these call
+
+Variation, blocked Gibbs sampling and interpolation work on latents throughout: what one task makes
+is given to the next as it is, never decoded and encoded again (UniDiffuser, arXiv:2303.06555,
+sec. 4.2 and 4.3).
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from . import checkpoints, solvers
+from .codecs import PCACodec, PixelCodec, WordCodec
+from .codecs.pixels import ImageLike, to_uint8
+from .config import Config
+from .errors import choose, suggest
+from .schedule import NoiseSchedule
+from .tasks import NoisePredictor, Roles, make_roles
+from .uvit import UViT
+
+CODECS = {codec.kind: codec for codec in (PixelCodec, PCACodec, WordCodec)}
+Codecs = dict[str, Any]      # part name -> codec
+Latents = dict[str, Tensor]  # part name -> (B, *shape)
+
+
+# ---- codecs and data of a configuration --------------------------------------------------------
+
+
+def training_arrays(cfg: Config, split: str = "train") -> tuple[np.ndarray, list[str]]:
+    """Images (N, size, size, 3) uint8 and captions (N) of a configuration's table."""
+    from .data import load_table
+
+    table = load_table(cfg.data, split, columns=["image", "TEXT"])
+    return to_uint8([row["image"] for row in table], cfg.image_size), list(table["TEXT"])
+
+
+def make_codecs(cfg: Config, images: np.ndarray, captions: Sequence[str]) -> Codecs:
+    """Fit the codecs a configuration names to its training set.
+
+    Raises:
+        ValueError: codecs that need pretrained weights, which are not trained from a table.
+    """
+    if cfg.image_codec == "sd-vae+clip" or cfg.caption_codec == "clip+gpt2":
+        raise ValueError(f"the codecs {cfg.image_codec!r} and {cfg.caption_codec!r} are pretrained "
+                         "networks that this version cannot load; train with --image_codec pixels "
+                         "--caption_codec words")
+    pca = cfg.image_codec == "pca"
+    image = PCACodec.fit(images, cfg.pca_dim) if pca else PixelCodec.fit(images)
+    text = WordCodec.fit(captions, cfg.caption_length, cfg.caption_dim, cfg.caption_codes, cfg.seed)
+    return {"image": image, "text": text}
+
+
+def checkpoint_folders() -> list[Path]:
+    """Where models are looked for by name: beside the package, and inside it when installed."""
+    here = Path(__file__).resolve().parent
+    return [here.parent / "data" / "checkpoints", here / "_data" / "checkpoints"]
+
+
+# ---- the pipeline ------------------------------------------------------------------------------
+
+
+class UniDiffuser:
+    """A joint model of images and captions, and everything it can be asked for.
+
+    Arguments that all tasks share:
+        n: how many samples. steps: solver steps. seed: an integer; the same seed and arguments give
+        the same result. guidance_scale: s of (1 + s) cond - s uncond, 0 for none. solver: one of
+        ``solvers.SOLVERS``. eta: share of fresh noise per step, for ``ddim`` only.
+    """
+
+    def __init__(self, cfg: Config, net: nn.Module, codecs: Codecs, device: str = "cpu"):
+        self.cfg, self.codecs, self.device = cfg, codecs, torch.device(device)
+        self.net = net.to(self.device).requires_grad_(False).eval()
+        self.parts, self.clocks = net.cfg.parts, net.cfg.clocks
+        self.schedule = NoiseSchedule(cfg.schedule)
+
+    # ---- the five tasks ---------------------------------------------------------------------
+
+    def text_to_image(self, prompt: str, n: int = 1, **how) -> list[Image.Image]:
+        """Images of a caption.
+
+        Raises:
+            ValueError: an empty or overlong prompt, or words the model does not know.
+        """
+        return self.sample(("image",), {"text": prompt}, n, **how)["image"]
+
+    def image_to_text(self, image: ImageLike, n: int = 1, **how) -> list[str]:
+        """Captions of an image: a PIL image, a path or an array.
+
+        Raises:
+            ValueError: not an image, a damaged or an enormous one.
+        """
+        return self.sample(("text",), {"image": image}, n, **how)["text"]
+
+    def joint(self, n: int = 1, **how) -> list[tuple[Image.Image, str]]:
+        """Pairs of image and caption, from nothing."""
+        made = self.sample(("image", "text"), None, n, **how)
+        return list(zip(made["image"], made["text"], strict=True))
+
+    def image(self, n: int = 1, **how) -> list[Image.Image]:
+        """Images alone: the marginal, with the caption ignored."""
+        return self.sample(("image",), None, n, **how)["image"]
+
+    def text(self, n: int = 1, **how) -> list[str]:
+        """Captions alone: the marginal, with the image ignored."""
+        return self.sample(("text",), None, n, **how)["text"]
+
+    # ---- the general form -------------------------------------------------------------------
+
+    def sample(
+        self,
+        sampled: Sequence[str],
+        given: Mapping[str, Any] | None = None,
+        n: int = 1,
+        **how,
+    ) -> dict[str, list]:
+        """Sample some modalities given others; what is named in neither is ignored.
+
+        Args:
+            sampled: modalities to sample. given: modality -> data, one for all n samples or a list
+                of n.  how: ``steps, guidance_scale, seed, solver, eta, redraw``; see
+                :meth:`sample_latents`.
+
+        Returns:
+            Modality -> list of n images or captions.
+
+        Raises:
+            ValueError: an unknown modality, bad data, or a bad number.
+        """
+        sampled = (sampled,) if isinstance(sampled, str) else tuple(sampled)
+        given = dict(given or {})
+        roles = make_roles(self.clocks, sampled, given)  # names are checked before data is read
+        latents = self.encode(given, n)
+        return self.decode(self.sample_latents(roles, latents, n, **how))
+
+    @torch.no_grad()
+    def sample_latents(
+        self,
+        roles: Roles,
+        given: Latents | None = None,
+        n: int = 1,
+        *,
+        steps: int = 25,
+        guidance_scale: float = 2.0,
+        seed: int | None = 0,
+        solver: str = "dpm++2m",
+        eta: float = 0.0,
+        redraw: bool = True,
+        noise: Latents | None = None,
+    ) -> Latents:
+        """The same on latents: given parts (n, *shape) in, sampled parts out.
+
+        Args:
+            noise: where to start, part -> (n, *shape); drawn from N(0, I) by default.
+            seed: None for a different result each time.
+            redraw: fresh noise for ignored modalities at each call; see ``tasks.NoisePredictor``.
+        """
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got n={n}")
+        if not 0 <= eta <= 1 or (eta and solver != "ddim"):
+            raise ValueError(f"eta must lie in [0, 1] and be 0 unless solver='ddim', got eta={eta} "
+                             f"with {solver!r}")
+        generator = _generator(seed)
+        predict = NoisePredictor(
+            self.net, self.parts, self.schedule, roles, given, guidance_scale,
+            prediction=self.cfg.prediction, generator=generator, redraw=redraw,
+        )
+        if noise is None:
+            noise = {p.name: torch.randn((n, *p.shape), generator=generator)
+                     for p in predict.sampled}
+        state = predict.pack(noise).to(self.device)
+        run = choose("solver", solver, solvers.SOLVERS)
+        # The singlestep solver stops at t = 1, as the official sampler does.
+        end = 1.0 if solver == "dpm++fast" else 0.0
+        times = solvers.time_grid(self.schedule, steps, end=end)
+        options = {"ddim": {"eta": eta, "generator": generator}, "ddpm": {"generator": generator}}
+        states = run(predict, state, self.schedule, times, **options.get(solver, {}))
+        return predict.unpack(solvers.last(states))
+
+    # ---- what tasks in a row make ---------------------------------------------------------------
+
+    def vary_image(self, image: ImageLike, n: int = 1, seed: int | None = 0, **how) -> list:
+        """Other images of what an image shows: image-to-text, then text-to-image."""
+        return self._there_and_back("image", image, n, seed, how)
+
+    def vary_text(self, text: str, n: int = 1, seed: int | None = 0, **how) -> list[str]:
+        """Other captions of what a caption shows: text-to-image, then image-to-text."""
+        return self._there_and_back("text", text, n, seed, how)
+
+    def _there_and_back(self, name: str, data: Any, n: int, seed: int | None, how: dict) -> list:
+        other = self._other(name)
+        x = self.encode({name: data}, n)
+        for i, target in enumerate((other, name)):
+            x = self._condition(target, x, n, seed=_nth(seed, i), **how)
+        return self.decode(x)[name]
+
+    def gibbs(
+        self, start: ImageLike | str | None = None, rounds: int = 4, n: int = 1,
+        seed: int | None = 0, **how
+    ) -> list[list[tuple[Image.Image, str]]]:
+        """Blocked Gibbs sampling: text given image, image given text, and again.
+
+        Args:
+            start: an image, or None for one from the marginal.  (A string is a path.)
+            rounds: how many pairs to draw.
+
+        Returns:
+            For each round, n pairs; image and text of a pair are drawn one from the other.
+        """
+        if rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {rounds}")
+        if start is None:
+            x = self.sample_latents(make_roles(self.clocks, ["image"]), {}, n, seed=seed, **how)
+        else:
+            x = self.encode({"image": start}, n)
+        chain = []
+        for i in range(rounds):
+            text = self._condition("text", x, n, seed=_nth(seed, 2 * i + 1), **how)
+            x = self._condition("image", text, n, seed=_nth(seed, 2 * i + 2), **how)
+            made = self.decode({**x, **text})
+            chain.append(list(zip(made["image"], made["text"], strict=True)))
+        return chain
+
+    @torch.no_grad()
+    def interpolate(
+        self, image_a: ImageLike, image_b: ImageLike, n: int = 7, *, steps: int = 50,
+        guidance_scale: float = 0.0, seed: int | None = 0,
+    ) -> list[Image.Image]:
+        """n images on the way from one to another, the two ends included.
+
+        Each image is captioned, and its ODE run upwards to its noise under that caption; then noise
+        (by slerp) and caption latent (by lerp) are mixed, and the ODE run down again.
+        """
+        if n < 2:
+            raise ValueError(f"an interpolation has at least its 2 ends, got n={n}")
+        images = self.encode({"image": [image_a, image_b]}, 2)
+        texts = self._condition("text", images, 2, seed=seed, guidance_scale=2.0)
+        times = solvers.time_grid(self.schedule, steps)
+        roles = make_roles(self.clocks, ["image"], ["text"])
+        ends = self._predictor(roles, texts, guidance_scale, seed)
+        states = solvers.ddim_invert(ends, ends.pack(images).to(self.device), self.schedule, times)
+        noise = solvers.last(states)                                           # (2, n_image)
+
+        weight = torch.linspace(0, 1, n, device=self.device)
+        mixed = {k: torch.stack([torch.lerp(v[0], v[1], w) for w in weight])
+                 for k, v in texts.items()}
+        between = self._predictor(roles, mixed, guidance_scale, seed)
+        state = torch.stack([slerp(noise[0], noise[1], float(w)) for w in weight])
+        end = solvers.last(solvers.ddim(between, state, self.schedule, times))
+        return self.decode(between.unpack(end))["image"]
+
+    def _predictor(
+        self, roles: Roles, given: Latents, scale: float, seed: int | None
+    ) -> NoisePredictor:
+        """A predictor that is a fixed function, as an ODE and its inverse need."""
+        return NoisePredictor(
+            self.net, self.parts, self.schedule, roles, given, scale,
+            prediction=self.cfg.prediction, generator=_generator(seed), redraw=False,
+        )
+
+    def _condition(self, target: str, given: Latents, n: int, **how) -> Latents:
+        """Sample one modality given the latents of the other."""
+        roles = make_roles(self.clocks, [target], [self._other(target)])
+        return self.sample_latents(roles, given, n, **how)
+
+    def _other(self, name: str) -> str:
+        others = [c for c in self.clocks if c != name]
+        if len(others) != 1:
+            raise ValueError(f"this needs a model of two modalities, not {list(self.clocks)}")
+        return others[0]
+
+    # ---- data <-> latents -------------------------------------------------------------------
+
+    def encode(self, data: Mapping[str, Any], n: int | None = None) -> Latents:
+        """Modality -> one item for all n samples, or a list of n; latents (n, *shape) by part."""
+        latents = {}
+        for name, value in data.items():
+            items = list(value) if isinstance(value, (list, tuple)) else [value]
+            if n is not None and len(items) not in (1, n):
+                raise ValueError(f"{name}: got {len(items)} items for n={n}; give one, or n")
+            z = choose("modality", name, self.codecs).encode(items)
+            repeat = n if n is not None and len(items) == 1 else 1
+            latents[name] = z.repeat_interleave(repeat, 0).to(self.device)
+        return latents
+
+    def decode(self, latents: Latents) -> dict[str, list]:
+        """Latents by part -> data by modality."""
+        return {name: self.codecs[name].decode(z) for name, z in latents.items()}
+
+    # ---- storing ----------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
+        """Write config.json, model.safetensors (in ``dtype``) and codecs.safetensors."""
+        folder = Path(folder)
+        with checkpoints.explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            states = {name: codec.state() for name, codec in self.codecs.items()}
+            kinds = {n: {"kind": self.codecs[n].kind, **s} for n, (s, _) in states.items()}
+            config = {"config": self.cfg.to_dict(), "codecs": kinds}
+            codecs = {f"{n}.{k}": v.contiguous() for n, (_, s) in states.items()
+                      for k, v in s.items()}
+            weights = {k: v.to(dtype).contiguous() for k, v in self.net.state_dict().items()}
+            save_file(weights, folder / "model.safetensors")
+            save_file(codecs, folder / "codecs.safetensors")
+            (folder / "config.json").write_text(json.dumps(config, ensure_ascii=False, indent=1))
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike, device: str = "cpu") -> "UniDiffuser":
+        """A shipped model by name, a folder written by :meth:`save_pretrained`, or a training run.
+
+        Raises:
+            ValueError: nothing of that name (with the nearest), or damaged files.
+        """
+        folder = find_model(name)
+        try:
+            stored = json.loads((folder / "config.json").read_text())
+            weights = load_file(folder / "model.safetensors")
+            tensors = load_file(folder / "codecs.safetensors")
+            cfg = Config().replace(**stored["config"])
+            net = UViT(cfg.network())
+            net.load_state_dict({k: v.float() for k, v in weights.items()})
+        except (OSError, KeyError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
+            raise ValueError(f"the model in {folder} is damaged or incomplete: {error}") from None
+        codecs = {}
+        for part, config in stored["codecs"].items():
+            kind = choose("codec", config.pop("kind"), CODECS)
+            own = {k.removeprefix(f"{part}."): v for k, v in tensors.items()
+                   if k.startswith(f"{part}.")}
+            codecs[part] = kind.from_state(config, own)
+        return cls(cfg, net, codecs, device)
+
+
+def find_model(name: str | os.PathLike) -> Path:
+    """The folder of a model. Raises ValueError for one that is not there."""
+    places = [Path(name), Path(name) / "model", *(f / str(name) for f in checkpoint_folders())]
+    for folder in places:
+        if (folder / "config.json").is_file():
+            return folder
+    known = [p.parent.name for f in checkpoint_folders() for p in f.glob("*/config.json")]
+    raise ValueError(f"there is no model {str(name)!r}: neither a shipped one nor a folder with "
+                     f"config.json.{suggest(str(name), known)}")
+
+
+def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    """Spherical interpolation of two flat noises: stays as long as Gaussian noise is."""
+    cosine = torch.dot(a, b) / (a.norm() * b.norm())
+    angle = torch.arccos(cosine.clamp(-1, 1))
+    if angle < 1e-4:
+        return torch.lerp(a, b, weight)
+    return (torch.sin((1 - weight) * angle) * a + torch.sin(weight * angle) * b) / torch.sin(angle)
+
+
+def _generator(seed: int | None) -> torch.Generator:
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
+def _nth(seed: int | None, i: int) -> int | None:
+    """A seed of its own for the i-th draw of a chain."""
+    return None if seed is None else seed * 1_000 + i

@@ -1,0 +1,90 @@
+"""Figures that notebooks, the demo and training runs share.
+
+Colours are from Okabe and Ito's palette, which stays distinct for colour-blind readers.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .pipeline import UniDiffuser
+
+# Okabe-Ito, by what we use each for.
+COLOURS = {
+    "image": "#0072B2", "text": "#D55E00", "joint": "#009E73", "given": "#999999",
+    "accent": "#CC79A7", "light": "#56B4E9",
+}
+
+
+def image_row(
+    axes: Sequence[Axes], images: Sequence["Image.Image"], titles: Sequence[str] = ()
+) -> None:
+    """Draw images into axes, each under its title."""
+    for i, (ax, image) in enumerate(zip(axes, images, strict=False)):
+        ax.imshow(image, interpolation="nearest")
+        if i < len(titles):
+            ax.set_title(textwrap.fill(titles[i], 22), fontsize=8)
+    for ax in axes:
+        ax.set_axis_off()
+
+
+def task_figure(pipe: "UniDiffuser", prompts: Sequence[str], seed: int = 0, **how) -> Figure:
+    """All five tasks of one model, a row each; prompts are the captions of the first row.
+
+    The images of the second row are those of the first, so captions can be compared with prompts.
+    """
+    prompts, n = list(prompts), len(prompts)
+    drawn = pipe.sample(("image",), {"text": prompts}, n, seed=seed, **how)["image"]
+    read = pipe.sample(("text",), {"image": drawn}, n, seed=seed + 1, **how)["text"]
+    pairs = pipe.joint(n, seed=seed + 2, **how)
+    alone = pipe.image(n, seed=seed + 3, **how)
+    said = pipe.text(n, seed=seed + 4, **how)
+    rows = [
+        ("text to image", drawn, prompts),
+        ("image to text", drawn, read),
+        ("joint", [image for image, _ in pairs], [text for _, text in pairs]),
+        ("image", alone, []),
+        ("text", [], said),
+    ]
+    figure = Figure(figsize=(1.6 * n + 1.1, 8.4), layout="constrained")
+    grid = figure.subplots(len(rows), n, squeeze=False, height_ratios=[1, 1, 1, 0.85, 0.35])
+    for (name, images, titles), axes in zip(rows, grid, strict=True):
+        image_row(axes, images, titles)
+        if not images:
+            for ax, title in zip(axes, titles, strict=True):
+                ax.text(0.5, 0.5, textwrap.fill(title, 20), ha="center", va="center", fontsize=8,
+                        transform=ax.transAxes)
+        axes[0].text(-0.12, 0.5, name, rotation=90, va="center", ha="right", fontsize=9,
+                     transform=axes[0].transAxes)
+    return figure
+
+
+def timestep_square(ax: Axes) -> None:
+    """The timestep square, with where each task starts and ends."""
+    size = 1000
+    lines = {  # task: (start, end, colour, label position, rotation)
+        "joint": ((size, size), (0, 0), "joint", (470, 540), 45),
+        "text-to-image": ((size, 0), (0, 0), "image", (500, -55), 0),
+        "image-to-text": ((0, size), (0, 0), "text", (-55, 500), 90),
+        "image": ((size, size), (0, size), "image", (500, 1050), 0),
+        "text": ((size, size), (size, 0), "text", (1052, 500), 90),
+    }
+    for name, (start, end, colour, place, angle) in lines.items():
+        ax.add_patch(FancyArrowPatch(
+            start, end, arrowstyle="-|>", mutation_scale=18, linewidth=2.5, shrinkA=2, shrinkB=2,
+            color=COLOURS[colour], linestyle="--" if name in ("image", "text") else "-",
+        ))
+        ax.text(*place, name, rotation=angle, ha="center", va="center", color=COLOURS[colour])
+    ax.plot([0], [0], "o", color="black", clip_on=False)
+    ax.set(xlim=(-110, 1110), ylim=(-110, 1110), aspect="equal",
+           xlabel="image timestep  (0: clean, 1000: all noise)",
+           ylabel="text timestep  (0: clean, 1000: all noise)")
+    ax.set_xticks([0, 500, 1000])
+    ax.set_yticks([0, 500, 1000])
