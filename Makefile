@@ -6,6 +6,9 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.installed
+# The same bounds as in pyproject.toml, where pip's own message would be hard to read.
+CHECK := import sys; (3, 10) <= sys.version_info < (3, 14) or sys.exit("Python 3.10 to 3.13 is \
+  needed, and this is " + sys.version.split()[0] + ": choose one with PYTHON=python3.12")
 # Lesson 00 is opened first; all others are in the side bar.
 FIRST := $(firstword $(sort $(wildcard notebooks/*/*.ipynb)))
 
@@ -19,9 +22,8 @@ install: $(READY)  ## Make .venv and install everything into it
 
 # A .venv without pip is what is left when making it failed half-way: it is made again.
 $(READY): pyproject.toml constraints.txt
-	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -c constraints.txt -e '.[dev]' || { echo "Not installed. If pip asks for \
-	another Python, have one: make distclean, then make install PYTHON=python3.12" >&2; exit 1; }
+	$(PY) -m pip --version >/dev/null 2>&1 || { $(PYTHON) -c '$(CHECK)' && $(PYTHON) -m venv $(VENV); }
+	$(PY) -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 
 lab: $(READY)  ## Open the lessons in JupyterLab

@@ -161,8 +161,8 @@ class Config:
     # ---- objective ----
     schedule: str = "cosine"         # scaled-linear | linear | cosine
     prediction: str = "x0"           # eps | x0 | v
-    weighting: str = "min-snr"             # eps | x0 | v | min-snr
-    min_snr_gamma: float = 5.0
+    weighting: str = "clipped-v"     # eps | x0 | v | min-snr | clipped-v
+    gamma: float = 2.5               # where min-snr and clipped-v stop growing
     square: float = 0.3              # shares of the timestep square: see objective.TimestepMix
     given: float = 0.5
     ignored: float = 0.1
@@ -178,7 +178,7 @@ class Config:
     cooldown: float = 0.3            # last share of the steps, over which the rate falls to 0
     clip: float = 1.0                # largest gradient norm; 0 for no clipping
     batch_size: int = 64             # over all processes
-    steps: int = 10_000
+    steps: int = 9_000
     ema: float = 0.999               # decay of the averaged weights
     precision: str = "bf16"          # bf16 | fp16 (GPU only) | no
     # ---- housekeeping ----
@@ -249,7 +249,7 @@ CHOICES = {
     "norm": NORMS,
     "schedule": ("scaled-linear", "linear", "cosine"),
     "prediction": ("eps", "x0", "v"),
-    "weighting": ("eps", "x0", "v", "min-snr"),
+    "weighting": ("eps", "x0", "v", "min-snr", "clipped-v"),
     "optimizer": ("muon", "adamw"),
     "precision": ("bf16", "fp16", "no"),
 }
@@ -269,8 +269,8 @@ def _read(key: str, value: Any, kind: type) -> Any:
 
 
 _TOY = Config(
-    dim=32, depth=2, heads=2, image_size=16, patch=8, batch_size=16, steps=200, warmup=10,
-    log_every=10, save_every=50, sample_every=100,
+    caption_codes="random", dim=32, depth=2, heads=2, image_size=16, patch=8, batch_size=16,
+    steps=200, warmup=10, log_every=10, save_every=50, sample_every=100,
 )
 
 # What the official model is: network and process from its released configuration; the optimiser's

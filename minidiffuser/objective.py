@@ -8,16 +8,20 @@ which with the target eps and w = 1 is the UniDiffuser loss (arXiv:2303.06555, e
 **Predictions and weights.**  eps, x_0 and v errors differ only by a factor, so any network output
 can be trained under any weighting.  As a weight on the x_0 error, with SNR = alpha^2 / sigma^2:
 
-    eps loss: SNR      v loss: SNR + 1      x0 loss: 1      min-SNR-g: min(SNR, g)
+    eps loss: SNR     v loss: SNR + 1     x0 loss: 1
+    min-SNR-g: min(SNR, g)                clipped v: min(SNR + 1, g)
 
-(Min-SNR: Hang et al., arXiv:2303.09556, eq. 6; x_0 outputs under the v loss with large patches:
-Li & He, arXiv:2511.13720.)
+The weights of eps and min-SNR vanish where noise is all there is, which is where a conditional
+sampler decides what to draw; those of eps and v grow without bound where there is almost none.
+Clipped v does neither.  (Min-SNR: Hang et al., arXiv:2303.09556, eq. 6; x_0 outputs under the v loss
+with large patches: Li & He, arXiv:2511.13720.)
 
 **Which timesteps.**  The paper draws (t, s) from the whole square.  Conditional sampling only ever
 visits an edge of it (the given modality at 0, or the ignored one at T), so a fraction of each batch
 may be put there: that is the ``TimestepMix``.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -25,9 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from .config import Part
+from .errors import choose
 from .schedule import NoiseSchedule, T
 
-WEIGHTINGS = ("eps", "v", "x0", "min-snr")
+WEIGHTINGS = ("eps", "v", "x0", "min-snr", "clipped-v")
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,9 @@ class TimestepMix:
     def __post_init__(self):
         object.__setattr__(self, "favour", tuple(self.favour))
         shares = self.shares
-        if min(shares) < 0 or sum(shares) <= 0:
-            raise ValueError(f"timestep shares must be at least 0 and not all 0, got {shares}")
+        for name, values in (("timestep shares", shares), ("favour", self.favour or (1.0,))):
+            if not (all(v >= 0 for v in values) and 0 < sum(values) < math.inf):  # NaN is refused
+                raise ValueError(f"{name} must be finite, at least 0 and not all 0, got {values}")
 
     @property
     def shares(self) -> list[float]:
@@ -62,6 +68,8 @@ class TimestepMix:
     def draw(self, batch: int, clocks: tuple[str, ...], generator: torch.Generator) -> Tensor:
         """Timesteps (batch, number of clocks), float32 whole numbers in [0, T]."""
         n = len(clocks)
+        if self.favour and len(self.favour) != n:
+            raise ValueError(f"favour={self.favour} must have one share for each of {clocks}")
         kind = torch.multinomial(torch.tensor(self.shares), batch, True, generator=generator)
         kind = kind[:, None]                                                   # (B, 1)
         favour = torch.tensor(self.favour or (1.0,) * n)
@@ -98,6 +106,8 @@ def snr_weight(weighting: str, schedule: NoiseSchedule, t: Tensor, gamma: float 
         return torch.ones_like(snr)
     if weighting == "min-snr":
         return snr.clamp(max=gamma)
+    if weighting == "clipped-v":
+        return (snr + 1).clamp(max=gamma)
     raise ValueError(f"unknown weighting {weighting!r}: choose one of {WEIGHTINGS}")
 
 
@@ -113,7 +123,7 @@ def error_weight(
         return torch.ones_like(weight)
     per_x0 = {"x0": 1.0, "eps": 1 / schedule.snr(t.clamp(min=1)),
               "v": schedule.sigma(t.clamp(min=1)) ** 2}
-    return weight * per_x0[prediction]
+    return weight * choose("prediction", prediction, per_x0)
 
 
 def joint_loss(
@@ -144,6 +154,12 @@ def joint_loss(
     Raises:
         ValueError: unknown prediction or weighting, or data that does not fit the network.
     """
+    names = [p.name for p in parts]
+    factors = dict.fromkeys(names, 1.0) | dict(part_weights or {})
+    if missing := set(names) - set(x0):
+        raise ValueError(f"x0 must hold the parts {names}, {sorted(missing)} missing")
+    if len(factors) > len(names):
+        raise ValueError(f"part_weights must name parts among {names}, got {list(part_weights)}")
     first = x0[parts[0].name]
     drawn = mix.draw(len(first), clocks, generator).to(first.device)           # (B, clocks)
     t = {clock: drawn[:, i] for i, clock in enumerate(clocks)}
@@ -160,8 +176,7 @@ def joint_loss(
         error = (out[p.name].float() - target).square().flatten(1).mean(1)     # (B,)
         weight = error_weight(prediction, weighting, schedule, t[p.clock], gamma)
         per_part[p.name] = weight * error * (t[p.clock] > 0)
-    factors = part_weights or {}
-    total = sum(factors.get(name, 1.0) * loss.mean() for name, loss in per_part.items())
+    total = sum(factors[name] * loss.mean() for name, loss in per_part.items())
     return Loss(total, {k: v.detach() for k, v in per_part.items()}, t)
 
 

@@ -92,7 +92,7 @@ class NoiseSchedule:
 
     def sigma(self, t: Tensor | float) -> Tensor:
         """Noise scale, sqrt(1 - alpha_bar): 0 at t = 0, rising towards 1."""
-        return self._exact(t, lambda log_alpha: torch.sqrt(-torch.expm1(2 * log_alpha)))
+        return self._exact(t, lambda log_alpha: _noise_power(log_alpha).sqrt())
 
     def alpha_bar(self, t: Tensor | float) -> Tensor:
         """alpha(t)^2, the fraction of the variance that is signal."""
@@ -100,11 +100,11 @@ class NoiseSchedule:
 
     def lambda_(self, t: Tensor | float) -> Tensor:
         """Half log-SNR, log(alpha / sigma): +inf at t = 0 and falling; the solvers' clock."""
-        return self._exact(t, lambda la: la - 0.5 * torch.log(-torch.expm1(2 * la)))
+        return self._exact(t, lambda la: la - 0.5 * _noise_power(la).log())
 
     def snr(self, t: Tensor | float) -> Tensor:
         """Signal-to-noise ratio, alpha^2 / sigma^2: +inf at t = 0."""
-        return self._exact(t, lambda la: torch.exp(2 * la) / -torch.expm1(2 * la))
+        return self._exact(t, lambda la: torch.exp(2 * la) / _noise_power(la))
 
     def inverse_lambda(self, lam: Tensor | float) -> Tensor:
         """The t at which ``lambda_(t) == lam``; values beyond the schedule's ends give the ends."""
@@ -131,7 +131,7 @@ class NoiseSchedule:
             noise: N(0, I) of x0's shape.
 
         Raises:
-            ValueError: shapes that do not belong together.
+            ValueError: shapes that do not belong together, or data that is not floating point.
         """
         if noise.shape != x0.shape:
             raise ValueError(f"noise {tuple(noise.shape)} must have x0's shape {tuple(x0.shape)}")
@@ -164,12 +164,20 @@ class NoiseSchedule:
 
     def _coefficients(self, t: Tensor | float, x: Tensor) -> tuple[Tensor, Tensor]:
         """alpha(t) and sigma(t), shaped to broadcast over x (B, ...)."""
-        t = torch.as_tensor(t, device=x.device)
+        if not x.is_floating_point():  # alpha would be rounded to 0
+            raise ValueError(f"x must be floating point, got {x.dtype}: convert it with x.float()")
+        t = t.to(x.device) if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
         if t.ndim and t.shape != x.shape[:1]:
             raise ValueError(f"t {tuple(t.shape)} must be one number or ({x.shape[0]},), as x is "
                              f"{tuple(x.shape)}")
+        _, t = _prepare(t)
         t = t.reshape(t.shape + (1,) * (x.ndim - t.ndim)) if t.ndim else t
-        return self.alpha(t).to(x.dtype), self.sigma(t).to(x.dtype)
+        return self.alpha(t).to(x), self.sigma(t).to(x)
+
+
+def _noise_power(log_alpha: Tensor) -> Tensor:
+    """sigma^2 = 1 - exp(2 log alpha), to full precision; abs makes the -0 at t = 0 a 0."""
+    return torch.expm1(2 * log_alpha).abs()
 
 
 def _prepare(t: Tensor | float) -> tuple[Tensor, Tensor]:

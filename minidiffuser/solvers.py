@@ -44,7 +44,8 @@ def time_grid(
             (infinite log-SNR) is reached by one last step from t = 1.
 
     Raises:
-        ValueError: fewer than one step, an unknown spacing, or times outside ``[0, T]``.
+        ValueError: fewer than one step, an unknown spacing, times outside ``[0, T]``, or
+            ``"logsnr"`` from ``start <= 1`` to 0.
     """
     if steps < 1:
         raise ValueError(f"a solver needs at least 1 step, got steps={steps}")
@@ -55,6 +56,9 @@ def time_grid(
         return torch.linspace(start, end, steps + 1, dtype=torch.float64).tolist()
     if spacing != "logsnr":
         raise ValueError(f"unknown spacing {spacing!r}: choose one of {SPACINGS}")
+    if end == 0 and start <= 1:
+        raise ValueError(f"spacing 'logsnr' reaches t = 0 from t = 1, so it must start above 1, "
+                         f"got start={start}")
     inner, tail = (steps, []) if end > 0 else (steps - 1, [0.0])
     ends = schedule.lambda_(torch.tensor([start, end or 1.0], dtype=torch.float64))
     lambdas = torch.linspace(ends[0], ends[1], inner + 1, dtype=torch.float64)
@@ -105,7 +109,14 @@ def ddim(
         predict: the noise predictor; x: state (B, ...) at ``times[0]``.
         eta: how much of the posterior's variance is drawn anew at each step, in [0, 1].
         generator: source of that noise.
+
+    Raises:
+        ValueError: eta outside [0, 1], or above 0 with rising times.
     """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie in [0, 1], got {eta}")
+    if eta > 0 and any(t <= s for t, s in pairwise(times)):
+        raise ValueError(f"noise can be drawn anew only with falling times, got {list(times)}")
     for t, s in pairwise(times):
         now, then = _Node(schedule, t, x), _Node(schedule, s, x)
         eps = predict(x, now.t)
@@ -198,7 +209,7 @@ def dpm_singlestep(
     """
     if order not in (1, 2, 3):
         raise ValueError(f"DPM-Solver++ has orders 1 to 3, got order={order}")
-    if times[-1] <= 0:
+    if len(times) > 1 and times[-1] <= 0:
         raise ValueError(f"the singlestep solver must end above t = 0 (at 1, say), got {times[-1]}")
     i = 0
     for k in singlestep_orders(len(times) - 1, order):
@@ -210,7 +221,7 @@ def dpm_singlestep(
 
 def singlestep_orders(steps: int, order: int = 3) -> list[int]:
     """Orders that sum to ``steps`` and end low, where the data prediction bends most."""
-    if order < 3:
+    if order < 3 or steps < 1:
         return [order] * (steps // order) + [1] * (steps % order)
     full, rest = divmod(steps, 3)
     if rest == 0:

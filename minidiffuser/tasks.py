@@ -16,6 +16,7 @@ would equal the conditional one (nothing given, one modality sampled) there is n
 All calls of one step go through the network as one batch.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from enum import Enum
 
@@ -104,7 +105,8 @@ class NoisePredictor:
         data_type: (B,) integers for networks with data types.
 
     Raises:
-        ValueError: a negative scale, or given data that is missing or of the wrong shape.
+        ValueError: a negative scale, roles that do not fit the parts, or given data that is missing
+            or of the wrong shape.
     """
 
     def __init__(
@@ -121,8 +123,14 @@ class NoisePredictor:
         redraw: bool = True,
         data_type: Tensor | None = None,
     ):
-        if not guidance_scale >= 0:  # NaN is refused too
-            raise ValueError(f"guidance_scale must be at least 0 (0 is none), got {guidance_scale}")
+        if not 0 <= guidance_scale < math.inf:  # NaN is refused too
+            raise ValueError("guidance_scale must be finite and at least 0 (0 is none), got "
+                             f"{guidance_scale}")
+        clocks = list(dict.fromkeys(p.clock for p in parts))
+        roles = {clock: Role(role) for clock, role in roles.items()}
+        if set(roles) != set(clocks) or Role.SAMPLED not in roles.values():
+            raise ValueError(f"each of {clocks} must have a role and at least one be sampled, got "
+                             f"{ {clock: role.value for clock, role in roles.items()} }")
         self.net, self.parts, self.schedule = net, parts, schedule
         self.given = dict(given or {})
         self.guidance_scale, self.prediction = guidance_scale, prediction
@@ -199,6 +207,9 @@ class NoisePredictor:
                 data[p.name] = x[p.name]
             elif roles[p.clock] is Role.GIVEN:
                 data[p.name] = self.given[p.name].to(like)
+                if len(data[p.name]) != batch:
+                    raise ValueError(f"part {p.name!r}: {len(data[p.name])} given for {batch} "
+                                     "samples; give one for each")
             else:
                 data[p.name] = self._ignored(call, p, like, batch)
         return data, clocks

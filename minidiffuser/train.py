@@ -188,8 +188,9 @@ class Trainer:
                 if self.step % cfg.sample_every == 0 or self.step == cfg.steps:
                     self.write_samples()
                 yield step
-        if self.accelerator.is_main_process:
-            self.pipeline().save_pretrained(self.folder / "model")
+        pipe = self.pipeline()
+        if pipe:
+            pipe.save_pretrained(self.folder / "model")
 
     def _take_step(self) -> Step:
         cfg = self.cfg
@@ -202,7 +203,7 @@ class Trainer:
             loss = joint_loss(
                 self.net, self.schedule, self._batch(), parts=self.parts, clocks=self.clocks,
                 generator=self.generator, prediction=cfg.prediction, weighting=cfg.weighting,
-                gamma=cfg.min_snr_gamma, mix=self.mix, part_weights={"text": cfg.text_weight},
+                gamma=cfg.gamma, mix=self.mix, part_weights={"text": cfg.text_weight},
             )
         self.accelerator.backward(loss.total)
         if cfg.clip:
@@ -223,27 +224,28 @@ class Trainer:
 
     # ---- what it writes ---------------------------------------------------------------------
 
-    def pipeline(self) -> UniDiffuser:
-        """The model as it stands, with averaged weights, as a pipeline on the CPU."""
+    def pipeline(self) -> UniDiffuser | None:
+        """The model as it stands, with averaged weights, as a pipeline on the CPU.
+
+        To be called on every process of a run, as shards are gathered; None on all but the main one.
+        """
+        state = self._averaged_state()
+        if not self.accelerator.is_main_process:
+            return None
         net = UViT(self.cfg.network())
-        self.ema.swap()
-        try:
-            net.load_state_dict(self._model_state())
-        finally:
-            self.ema.swap()
+        net.load_state_dict(state)
         return UniDiffuser(self.cfg, net, self.codecs)
 
     def write_samples(self) -> None:
         """A grid of all tasks to ``samples/``, with averaged weights and a fixed seed."""
-        if self.accelerator.distributed_type.name == "FSDP" or not self.accelerator.is_main_process:
-            return  # a sharded network cannot run on one process alone
         from .plots import task_figure
 
-        path = self.folder / "samples" / f"step_{self.step:07d}.png"
-        path.parent.mkdir(exist_ok=True)
-        figure = task_figure(self.pipeline(), self.captions[:: max(1, len(self.captions) // 6)][:6],
-                             steps=12)
-        figure.savefig(path, dpi=80)
+        pipe = self.pipeline()
+        if pipe:
+            path = self.folder / "samples" / f"step_{self.step:07d}.png"
+            path.parent.mkdir(exist_ok=True)
+            prompts = self.captions[:: max(1, len(self.captions) // 6)][:6]
+            task_figure(pipe, prompts, steps=12).savefig(path, dpi=80)
 
     def _write_log(self, record: dict, step: Step) -> None:
         if self.accelerator.is_main_process:
@@ -254,18 +256,24 @@ class Trainer:
     # ---- checkpoints ------------------------------------------------------------------------
 
     def _model_state(self) -> dict[str, Tensor]:
+        """All weights on the CPU, gathered from shards; on the main process only."""
         options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return dcp.get_model_state_dict(self.net, options=options)
+        state = dcp.get_model_state_dict(self.net, options=options)
+        return {k: v.clone() for k, v in state.items()}  # on the CPU they are the live weights
+
+    def _averaged_state(self) -> dict[str, Tensor]:
+        self.ema.swap()
+        try:
+            return self._model_state()
+        finally:
+            self.ema.swap()
 
     def save(self) -> None:
         """Write a checkpoint, whole or not at all, and drop the oldest beyond ``keep``."""
         options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
         optimizers = [dcp.get_optimizer_state_dict(self.net, opt.optimizer, options=options)
                       for opt in self.optimizers]
-        model = self._model_state()
-        self.ema.swap()
-        averaged = self._model_state()
-        self.ema.swap()
+        model, averaged = self._model_state(), self._averaged_state()
         states = self._all_random_states()
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -204,6 +205,20 @@ def test_style():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_wheel_carries_the_shipped_data(tmp_path):
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path],
+                   cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    ours = [p for p in PACKAGE.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    expected = {f"minidiffuser/{path.relative_to(PACKAGE)}" for path in ours}
+    for shipped in ("emoji", "checkpoints"):
+        files = [path for path in (ROOT / "data" / shipped).rglob("*") if path.is_file()]
+        assert files, f"data/{shipped} is empty"
+        expected |= {f"minidiffuser/_data/{path.relative_to(ROOT / 'data')}" for path in files}
+    assert packed == expected
+
+
 # ---- licences, citation, size ------------------------------------------------------------------
 
 
@@ -252,6 +267,7 @@ def test_repository_stays_small():
 RECORDER = """#!/bin/sh
 echo "offline=$HF_HUB_OFFLINE $*" >> calls.log
 case "$*" in
+    "-c import sys;"*) test ! -e python-is-old ;;
     "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
     "-m pip install"*) test ! -e pip-fails ;;
 esac
@@ -260,7 +276,7 @@ esac
 
 @pytest.fixture
 def workshop(tmp_path: Path) -> Path:
-    """A copy of what make reads, in a folder with a space in its name, and a recorder for Python."""
+    """What make reads, in a folder with a space in its name, and a recorder for Python."""
     folder = tmp_path / "my course"
     lesson = folder / "notebooks" / "00_start_here"
     lesson.mkdir(parents=True)
@@ -315,6 +331,14 @@ def test_make_tries_again_after_a_failed_install(workshop):
     calls = make(workshop, "test")
     assert installs(calls)
     assert "pytest" in calls[-1]
+
+
+def test_make_refuses_another_python(workshop):
+    (workshop / "python-is-old").touch()
+    assert installs(make(workshop, "install", ok=False)) == []
+    bounds = r"\((\d+), (\d+)\) <= sys.version_info < \((\d+), (\d+)\)"
+    low, minor, high, end = re.search(bounds, (ROOT / "Makefile").read_text()).groups()
+    assert SpecifierSet(f">={low}.{minor},<{high}.{end}") == SpecifierSet(PROJECT["requires-python"])
 
 
 @pytest.mark.parametrize("target, expected", [
