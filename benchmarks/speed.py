@@ -3,10 +3,10 @@
     python benchmarks/speed.py                 # the preset bench-45m, batch 8, two threads
 
 A training step is forward, backward and an AdamW step, every weight trained; a guided sample is the
-forward passes of one text-to-image solver step with guidance: two calls of the network, which here
-go through it as one batch, as they would in either library.  Both libraries run the same inputs with
-the same weights (converted), in alternation, and what is reported is the ratio of medians: the
-machine's own noise hits both.  It first checks that both compute the same numbers.
+forward passes of one text-to-image solver step with guidance: two calls of the network, which go
+through it as one batch in either library.  Both run the same inputs with the same weights
+(converted), in alternation, and what is reported is the ratio of medians: the machine's own noise
+hits both.  It first checks that both compute the same numbers.
 """
 
 import argparse
@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from minidiffuser.convert import convert
 from torch import nn
 
 from minidiffuser.config import PRESETS, UViTConfig
-from minidiffuser.convert import convert
 from minidiffuser.uvit import UViT
 
 

@@ -163,22 +163,23 @@ class Config:
     prediction: str = "x0"           # eps | x0 | v
     weighting: str = "clipped-v"     # eps | x0 | v | min-snr | clipped-v
     gamma: float = 2.5               # where min-snr and clipped-v stop growing
-    square: float = 0.3              # shares of the timestep square: see objective.TimestepMix
-    given: float = 0.5
-    ignored: float = 0.1
-    diagonal: float = 0.1
+    square: float = 0.15             # shares of the timestep square: see objective.TimestepMix
+    given: float = 0.65
+    ignored: float = 0.12
+    diagonal: float = 0.08
+    noise_bias: float = 1.5          # above 1: the last three are more often very noisy
     text_weight: float = 1.0         # factor of the text loss
     # ---- optimiser ----
     optimizer: str = "muon"          # muon (matrices of the blocks; adamw for the rest) | adamw
-    lr: float = 2e-3                 # adamw's
+    lr: float = 3e-3                 # of both: see train.make_optimizers
     beta1: float = 0.9
     beta2: float = 0.99
     weight_decay: float = 0.01
     warmup: int = 100                # steps of linear warm-up
     cooldown: float = 0.3            # last share of the steps, over which the rate falls to 0
     clip: float = 1.0                # largest gradient norm; 0 for no clipping
-    batch_size: int = 64             # over all processes
-    steps: int = 9_000
+    batch_size: int = 128            # over all processes
+    steps: int = 8_000
     ema: float = 0.999               # decay of the averaged weights
     precision: str = "bf16"          # bf16 | fp16 (GPU only) | no
     # ---- housekeeping ----
@@ -190,7 +191,7 @@ class Config:
 
     def __post_init__(self):
         positive = ("image_size", "caption_length", "caption_dim", "batch_size", "steps",
-                    "log_every", "save_every", "sample_every", "keep", "lr")
+                    "log_every", "save_every", "sample_every", "keep", "lr", "gamma")
         for key in positive:
             if not getattr(self, key) > 0:
                 raise ValueError(f"{key} must be above 0, got {getattr(self, key)}")
@@ -280,7 +281,7 @@ _OFFICIAL = Config(
     caption_length=77, caption_dim=64,
     dim=1536, depth=30, heads=24, patch=2, norm="post", qk_norm=False, checkpoint=True,
     schedule="scaled-linear", prediction="eps", weighting="eps",
-    square=1.0, given=0.0, ignored=0.0, diagonal=0.0,
+    square=1.0, given=0.0, ignored=0.0, diagonal=0.0, noise_bias=1.0,
     optimizer="adamw", lr=2e-4, beta1=0.9, beta2=0.9, weight_decay=0.03, warmup=5000, cooldown=0.0,
     clip=0.0, batch_size=2112, steps=200_000, ema=0.9999, log_every=100, save_every=5000,
     sample_every=5000,

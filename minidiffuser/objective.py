@@ -13,8 +13,8 @@ can be trained under any weighting.  As a weight on the x_0 error, with SNR = al
 
 The weights of eps and min-SNR vanish where noise is all there is, which is where a conditional
 sampler decides what to draw; those of eps and v grow without bound where there is almost none.
-Clipped v does neither.  (Min-SNR: Hang et al., arXiv:2303.09556, eq. 6; x_0 outputs under the v loss
-with large patches: Li & He, arXiv:2511.13720.)
+Clipped v does neither.  (Min-SNR: Hang et al., arXiv:2303.09556, eq. 6; x_0 outputs under the v
+loss with large patches: Li & He, arXiv:2511.13720.)
 
 **Which timesteps.**  The paper draws (t, s) from the whole square.  Conditional sampling only ever
 visits an edge of it (the given modality at 0, or the ignored one at T), so a fraction of each batch
@@ -23,7 +23,7 @@ may be put there: that is the ``TimestepMix``.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +41,12 @@ class TimestepMix:
 
     Args:
         square: every clock uniform on {1, ..., T} on its own (the paper's objective).
-        given: one modality uniform, the others clean at 0.
-        ignored: one modality uniform, the others pure noise at T.
-        diagonal: one uniform timestep for all.
+        given: one modality noisy, the others clean at 0.
+        ignored: one modality noisy, the others pure noise at T.
+        diagonal: one timestep for all.
+        noise_bias: b, where the last three draw t = T u^(1/b) with u uniform: 1 is uniform, and above
+            it more is learned where little of the data is left, which is where conditional samples
+            are decided.
         favour: the modality that ``given`` and ``ignored`` pick, as shares in the order of clocks;
             empty for equal shares.
     """
@@ -52,34 +55,38 @@ class TimestepMix:
     given: float = 0.0
     ignored: float = 0.0
     diagonal: float = 0.0
+    noise_bias: float = 1.0
     favour: tuple[float, ...] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "favour", tuple(self.favour))
         shares = self.shares
+        if not 0 < self.noise_bias < math.inf:
+            raise ValueError(f"noise_bias must be above 0 and finite, got {self.noise_bias}")
         for name, values in (("timestep shares", shares), ("favour", self.favour or (1.0,))):
             if not (all(v >= 0 for v in values) and 0 < sum(values) < math.inf):  # NaN is refused
                 raise ValueError(f"{name} must be finite, at least 0 and not all 0, got {values}")
 
     @property
     def shares(self) -> list[float]:
-        return [getattr(self, f.name) for f in fields(self) if f.name != "favour"]
+        return [self.square, self.given, self.ignored, self.diagonal]
 
     def draw(self, batch: int, clocks: tuple[str, ...], generator: torch.Generator) -> Tensor:
         """Timesteps (batch, number of clocks), float32 whole numbers in [0, T]."""
         n = len(clocks)
         if self.favour and len(self.favour) != n:
             raise ValueError(f"favour={self.favour} must have one share for each of {clocks}")
-        kind = torch.multinomial(torch.tensor(self.shares), batch, True, generator=generator)
-        kind = kind[:, None]                                                   # (B, 1)
-        favour = torch.tensor(self.favour or (1.0,) * n)
-        chosen = torch.multinomial(favour, batch, True, generator=generator)[:, None]
+        shares, favour = torch.tensor(self.shares).float(), torch.tensor(self.favour or (1,) * n)
+        kind = torch.multinomial(shares, batch, True, generator=generator)[:, None]  # (B, 1)
+        chosen = torch.multinomial(favour.float(), batch, True, generator=generator)[:, None]
         other = torch.arange(n) != chosen                                      # (B, n)
-        t = torch.randint(1, T + 1, (batch, n), generator=generator)
+        u = 1 - torch.rand(batch, n, generator=generator)                      # in (0, 1]
+        u = torch.where(kind == 0, u, u ** (1 / self.noise_bias))
+        t = torch.ceil(T * u)                                                  # 1, ..., T
         t = torch.where((kind == 1) & other, 0, t)
         t = torch.where((kind == 2) & other, T, t)
         t = torch.where(kind == 3, t[:, :1], t)
-        return t.float()
+        return t
 
 
 @dataclass

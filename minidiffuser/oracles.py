@@ -28,6 +28,7 @@ from torch.distributions import MultivariateNormal
 from .config import Part
 from .schedule import NoiseSchedule
 
+Numbers = Tensor | Sequence  # nested lists will do
 
 class GaussianMixture:
     """sum_k w_k N(m_k, C_k) in d dimensions, or a batch of such mixtures.
@@ -47,7 +48,14 @@ class GaussianMixture:
             stds and covs, or covariances that are not symmetric and positive definite.
     """
 
-    def __init__(self, weights, means, *, stds=None, covs=None):
+    def __init__(
+        self,
+        weights: Numbers,
+        means: Numbers,
+        *,
+        stds: Numbers | float | None = None,
+        covs: Numbers | None = None,
+    ):
         if (stds is None) == (covs is None):
             raise ValueError("give either stds or covs")
         weights, means = _wide(weights), _wide(means)
@@ -57,7 +65,11 @@ class GaussianMixture:
         if not (weights >= 0).all() or not (weights.sum(-1) > 0).all():
             raise ValueError(f"weights must be at least 0 and not all 0, got {weights.tolist()}")
         if covs is None:
-            covs = torch.diag_embed(_wide(stds).square().expand(means.shape[-2:]))
+            try:
+                covs = torch.diag_embed(_wide(stds).square().expand(means.shape[-2:]))
+            except RuntimeError:
+                raise ValueError(f"stds must broadcast to (K, d) = {tuple(means.shape[-2:])}, got "
+                                 f"{tuple(_wide(stds).shape)}") from None
         self.weights = weights / weights.sum(-1, keepdim=True)                 # (*, K)
         self.means = means                                                     # (*, K, d)
         self.covs = _wide(covs)                                                # (*, K, d, d)
@@ -126,7 +138,7 @@ class GaussianMixture:
         return GaussianMixture(self.weights, self.means[..., dims],
                                covs=self.covs[..., dims, :][..., dims])
 
-    def conditional(self, dims: Sequence[int], value: Tensor) -> "GaussianMixture":
+    def conditional(self, dims: Sequence[int], value: Numbers) -> "GaussianMixture":
         """The distribution of the other coordinates, in their order, given those in ``dims``.
 
             p(x | y) = sum_k p(k | y) N(m_x + G (y - m_y), C_xx - G C_yx),     G = C_xy C_yy^-1
@@ -134,15 +146,19 @@ class GaussianMixture:
         Args:
             dims: the coordinates that are known, y.
             value: what they are, (*, len(dims)); a batch of values gives a batch of mixtures.
+
+        Raises:
+            ValueError: a value of another length than dims.
         """
         y, known = list(dims), self.marginal(dims)
+        weights = known.responsibilities(value)                                # (*, K)
         x = [i for i in range(self.dim) if i not in y]
         c_xy = self.covs[..., x, :][..., y]                                    # (*, K, x, y)
         gain = torch.cholesky_solve(c_xy.mT, known.tril).mT                    # (*, K, x, y)
         off = (_wide(value)[..., None, :] - known.means)[..., None]            # (*, K, y, 1)
         means = self.means[..., x] + (gain @ off).squeeze(-1)
         covs = self.covs[..., x, :][..., x] - gain @ c_xy.mT
-        return GaussianMixture(known.responsibilities(value), means, covs=covs)
+        return GaussianMixture(weights, means, covs=covs)
 
     # ---- under noise ------------------------------------------------------------------------
 
@@ -223,7 +239,7 @@ class OracleNet(nn.Module):
                 for p, piece in zip(self.parts, pieces, strict=True)}
 
 
-def _wide(x) -> Tensor:
+def _wide(x: Numbers | float) -> Tensor:
     return torch.as_tensor(x, dtype=torch.float64, device="cpu")
 
 

@@ -147,7 +147,7 @@ class Trainer:
         self.cfg, self.folder, self.progress = cfg, Path(folder), progress
         checkpoints.prepare_folder(self.folder)
         self.schedule = NoiseSchedule(cfg.schedule)
-        self.mix = TimestepMix(cfg.square, cfg.given, cfg.ignored, cfg.diagonal)
+        self.mix = TimestepMix(cfg.square, cfg.given, cfg.ignored, cfg.diagonal, cfg.noise_bias)
         self.images, self.captions = training_arrays(cfg)
         self.codecs = make_codecs(cfg, self.images, self.captions)
         self.ids = self.codecs["text"].encode_ids(self.captions)
@@ -227,7 +227,7 @@ class Trainer:
     def pipeline(self) -> UniDiffuser | None:
         """The model as it stands, with averaged weights, as a pipeline on the CPU.
 
-        To be called on every process of a run, as shards are gathered; None on all but the main one.
+        Call it on every process of a run, as shards are gathered; None on all but the main one.
         """
         state = self._averaged_state()
         if not self.accelerator.is_main_process:

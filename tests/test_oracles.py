@@ -119,6 +119,7 @@ def test_a_batch_of_conditionals_draws_for_each_value(mixture):
     ({"weights": [0.0], "means": [[0.0]], "stds": 1.0}, "at least 0"),
     ({"weights": [1.0], "means": [[0.0, 0.0]], "covs": [[[1.0]]]}, r"\(1, 2, 2\), got \(1, 1, 1\)"),
     ({"weights": [1.0], "means": [[0.0]], "stds": 0.0}, "positive definite"),
+    ({"weights": [1.0], "means": [[0.0]], "stds": [1.0, 2.0]}, r"\(1, 1\), got \(2,\)"),
     ({"weights": [1.0], "means": [[0.0, 0.0]], "covs": [[[1.0, 2.0], [2.0, 1.0]]]}, "definite"),
     ({"weights": [1.0], "means": [[0.0, 0.0]], "covs": [[[1.0, 0.5], [0.0, 1.0]]]}, "symmetric"),
 ])
@@ -130,6 +131,8 @@ def test_what_is_no_mixture_is_refused(arguments, message):
 def test_data_of_another_dimension_is_refused(mixture):
     with pytest.raises(ValueError, match=r"\(\*, 3\), got \(4, 2\)"):
         mixture.log_prob(torch.zeros(4, 2))
+    with pytest.raises(ValueError, match=r"\(\*, 2\), got \(4, 1\)"):
+        mixture.conditional([0, 1], torch.zeros(4, 1))
 
 
 # ---- under noise -------------------------------------------------------------------------------

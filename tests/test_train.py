@@ -255,7 +255,7 @@ def test_checkpoints_hold_no_code(whole):
     assert {f.suffix for f in saved.path.iterdir()} == {".safetensors", ".pt", ".json"}
 
 
-# ---- several processes -----------------------------------------------------------------------------
+# ---- several processes ---------------------------------------------------------------------------
 
 
 @pytest.mark.slow
