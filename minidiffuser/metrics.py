@@ -110,7 +110,8 @@ def _score_split(pipe, gallery, pixels, captions, n, how) -> dict:
     # An image drawn under two captions may be called by either.
     right = gallery.captions_of_nearest(pixels)
     exact = sum(t in names for t, names in zip(texts, right, strict=True))
-    f1 = [max(token_f1(t.split(), name.split()) for name in names)
+    split = pipe.codecs["text"].split
+    f1 = [max(token_f1(split(t), split(name)) for name in names)
           for t, names in zip(texts, right, strict=True)]
     return {
         "t2i_top1": _proportion(top1, len(rows)),

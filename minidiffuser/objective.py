@@ -44,9 +44,9 @@ class TimestepMix:
         given: one modality noisy, the others clean at 0.
         ignored: one modality noisy, the others pure noise at T.
         diagonal: one timestep for all.
-        noise_bias: b, where the last three draw t = T u^(1/b) with u uniform: 1 is uniform, and above
-            it more is learned where little of the data is left, which is where conditional samples
-            are decided.
+        noise_bias: b, where the last three draw t = T u^(1/b) with u uniform: 1 is uniform, and
+            above it more is learned where little of the data is left, which is where conditional
+            samples are decided.
         favour: the modality that ``given`` and ``ignored`` pick, as shares in the order of clocks;
             empty for equal shares.
     """

@@ -239,12 +239,13 @@ class UniDiffuser:
     @torch.no_grad()
     def interpolate(
         self, image_a: ImageLike, image_b: ImageLike, n: int = 7, *, steps: int = 50,
-        guidance_scale: float = 0.0, seed: int | None = 0,
+        seed: int | None = 0,
     ) -> list[Image.Image]:
         """n images on the way from one to another, the two ends included.
 
         Each image is captioned, and its ODE run upwards to its noise under that caption; then noise
-        (by slerp) and caption latent (by lerp) are mixed, and the ODE run down again.
+        (by slerp) and caption latent (by lerp) are mixed, and the ODE run down again.  There is no
+        guidance on the way: a guided ODE does not lead back to where it came from.
         """
         if n < 2:
             raise ValueError(f"an interpolation has at least its 2 ends, got n={n}")
@@ -252,26 +253,22 @@ class UniDiffuser:
         texts = self._condition("text", images, 2, seed=seed, guidance_scale=2.0)
         times = solvers.time_grid(self.schedule, steps)
         roles = make_roles(self.clocks, ["image"], ["text"])
-        ends = self._predictor(roles, texts, guidance_scale, seed)
+        ends = self._predictor(roles, texts)
         states = solvers.ddim_invert(ends, ends.pack(images).to(self.device), self.schedule, times)
         noise = solvers.last(states)                                           # (2, n_image)
 
         weight = torch.linspace(0, 1, n, device=self.device)
         mixed = {k: torch.stack([torch.lerp(v[0], v[1], w) for w in weight])
                  for k, v in texts.items()}
-        between = self._predictor(roles, mixed, guidance_scale, seed)
+        between = self._predictor(roles, mixed)
         state = torch.stack([slerp(noise[0], noise[1], float(w)) for w in weight])
         end = solvers.last(solvers.ddim(between, state, self.schedule, times))
         return self.decode(between.unpack(end))["image"]
 
-    def _predictor(
-        self, roles: Roles, given: Latents, scale: float, seed: int | None
-    ) -> NoisePredictor:
-        """A predictor that is a fixed function, as an ODE and its inverse need."""
-        return NoisePredictor(
-            self.net, self.parts, self.schedule, roles, given, scale,
-            prediction=self.cfg.prediction, generator=_generator(seed), redraw=False,
-        )
+    def _predictor(self, roles: Roles, given: Latents) -> NoisePredictor:
+        """A predictor without guidance or ignored modalities: a fixed function, an ODE's."""
+        return NoisePredictor(self.net, self.parts, self.schedule, roles, given,
+                              prediction=self.cfg.prediction)
 
     def _condition(self, target: str, given: Latents, n: int, **how) -> Latents:
         """Sample one modality given the latents of the other."""

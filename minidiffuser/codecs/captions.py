@@ -100,11 +100,15 @@ class WordCodec:
             rows.append(ids + [0] * (self.length - len(ids)))
         return torch.tensor(rows)
 
+    def split(self, caption: str) -> list[str]:
+        """A caption's words and marks, known or not."""
+        return [w for w, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(caption)]
+
     def _known_words(self, caption: str) -> list[str]:
         """The caption's tokens, in the vocabulary's own case."""
         if not isinstance(caption, str):
             raise ValueError(f"a caption must be a string, got {type(caption).__name__}")
-        split = [w for w, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(caption)]
+        split = self.split(caption)
         if not split:
             raise ValueError("the caption is empty: write at least one word")
         known = [w if self.tokenizer.token_to_id(w) is not None
