@@ -166,6 +166,12 @@ def check_sources() -> None:
                          "Pillow's own wheel, or libraqm0")
 
 
+def sources() -> dict[str, str]:
+    """SHA-256 of what the table is built from: another version gives other rows."""
+    files = [FONT, *(CLDR / folder / "en.xml" for folder in ("annotations", "annotationsDerived"))]
+    return {str(Path(*f.parts[-2:])): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
 def main() -> None:
     """Build both splits."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -186,6 +192,7 @@ def main() -> None:
         "rows that share their drawing with another": sum(n for n in pictures.values() if n > 1),
         "left out": dict(dropped),
         "captions": {x: sum(row["captions"][x] is not None for row in rows) for x in LANGUAGES},
+        "sources": sources(),
     }
     (out / "counts.json").write_text(json.dumps(counts, indent=1) + "\n")
     print(json.dumps(counts, indent=1))
