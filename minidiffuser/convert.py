@@ -1,7 +1,7 @@
 """Weights of the official UniDiffuser and of its diffusers port, to ours and back, bit for bit.
 
-Three dialects name the same function: ``official`` (``uvit_v0.pth``, ``uvit_v1.pth``), ``diffusers``
-(``UniDiffuserModel``) and ``ours`` (``uvit.UViT``).  Beside names, they differ in three places:
+Three dialects store the same network: ``official`` (``uvit_v0.pth``, ``uvit_v1.pth``),
+``diffusers`` (``UniDiffuserModel``) and ``ours`` (``uvit.UViT``).  Names aside, they differ in:
 
     official   patch embedding is a convolution (D, C, p, p); ours a linear map of (p1, p2, C)
     diffusers  that convolution, with a second copy that its forward pass never reads,
@@ -13,12 +13,10 @@ Sources: state dicts of thu-ml/unidiffuser and of diffusers' ``pipelines/depreca
 import os
 import pickle
 import tempfile
-import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -81,7 +79,7 @@ def convert(
 
     Raises:
         ValueError: an unknown dialect, a network that the official code has no names for, or
-            tensors that are missing, unexpected or of another shape (all are named).
+            tensors that are missing, unexpected or of another shape, which are named.
     """
     for dialect in (source, target):
         if dialect not in DIALECTS:
@@ -89,7 +87,7 @@ def convert(
     _check_network(cfg)
     with torch.device("meta"):  # shapes without memory
         expected = UViT(cfg).state_dict()
-    _check_state(state, _from_ours(expected, source, cfg), source)
+    _check_state(state, {d: _from_ours(expected, d, cfg) for d in DIALECTS}, source)
     return _from_ours(_to_ours(state, source, expected), target, cfg)
 
 
@@ -158,20 +156,29 @@ def _check_network(cfg: UViTConfig) -> None:
 
 
 def _check_state(
-    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], dialect: str
+    state: Mapping[str, Tensor], expected: Mapping[str, Mapping[str, Tensor]], dialect: str
 ) -> None:
-    wrong = [f"{name} {tuple(state[name].shape)} instead of {tuple(expected[name].shape)}"
-             for name in expected if name in state and state[name].shape != expected[name].shape]
+    """Compare names and shapes with those ``expected`` of each dialect."""
+    wanted = expected[dialect]
+    wrong = [f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
+             for name, tensor in wanted.items()
+             if name in state and state[name].shape != tensor.shape]
     problems = {
-        "missing": [name for name in expected if name not in state],
-        "unexpected": [name for name in state if name not in expected],
+        "missing": [name for name in wanted if name not in state],
+        "unexpected": [name for name in state if name not in wanted],
         "of another shape": wrong,
     }
-    said = [f"{len(found)} {what}: {', '.join(found)}" for what, found in problems.items() if found]
-    if said:
-        raise ValueError(f"these are not the {len(expected)} tensors of this network under "
-                         f"{dialect} names: {'; '.join(said)}. Check the source dialect (one of "
-                         f"{', '.join(DIALECTS)}) and the preset")
+    found = [f"{len(names)} {what} ({_few(names)})" for what, names in problems.items() if names]
+    if not found:
+        return
+    others = [d for d in DIALECTS if d != dialect and state.keys() == expected[d].keys()]
+    advice = f"it is {others[0]!r} by its names" if others else "check the preset and the dialect"
+    raise ValueError(f"the source is not this network's {len(wanted)} tensors under {dialect!r} "
+                     f"names, but {'; '.join(found)}: {advice}")
+
+
+def _few(names: Sequence[str], n: int = 8) -> str:
+    return ", ".join(names[:n]) + ", ..." * (len(names) > n)
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -181,30 +188,34 @@ def load_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     """Read a flat state dict, on the CPU; no code in the file is ever run.
 
     Args:
-        path: a ``.safetensors`` file, or a ``.pth`` or ``.pt`` file that holds tensors alone.
+        path: ``.safetensors``, or what ``torch.save`` made of tensors alone (``.pth``, ``.pt``,
+            ``.bin``).
 
     Raises:
         ValueError: no such file, another kind of file, a damaged one, or one that holds more than
             a flat dictionary of tensors.
     """
     path = Path(path)
-    if path.suffix not in (".safetensors", ".pth", ".pt"):
-        raise ValueError(f"cannot tell what {path} is: weights end in .safetensors, .pth or .pt")
+    if path.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
+        raise ValueError(f"cannot tell what {path} is: weights end in .safetensors, .pth, .pt or "
+                         ".bin")
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError,
-            zipfile.BadZipFile) as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"cannot read {path}: it is damaged, or holds more than tensors, which is "
-                         f"not loaded as it could run code ({why})") from None
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+    except pickle.UnpicklingError:  # its own words advise to load the file regardless
+        raise ValueError(f"{path} is damaged, or holds more than tensors: that could run code, and "
+                         "is not loaded. Save the network's state_dict() alone") from None
+    except Exception as error:  # damaged bytes make the readers fail in a dozen ways
+        raise ValueError(f"{path} is damaged or cannot be read: {error}") from error
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    ):
         raise ValueError(f"{path} is not a flat dictionary of tensors: save the network's "
                          "state_dict() alone")
-    return dict(state)
+    return {name: tensor.detach() for name, tensor in state.items()}
 
 
 def convert_file(

@@ -7,7 +7,7 @@ from minidiffuser.cost import cost
 
 
 def flops_by_hand(cfg) -> int:
-    """Multiply-adds times 2 of one sample: forward once, backward twice (inputs need no gradient)."""
+    """Multiply-adds times 2 of one sample: forward once, backward twice (once for the inputs)."""
     net = cfg.network()
     d, length, blocks = net.dim, net.tokens, net.depth + 1
     per_block = length * (3 * d * d + d * d + 2 * d * int(d * net.mlp_ratio)) + 2 * length**2 * d

@@ -338,7 +338,8 @@ def test_make_refuses_another_python(workshop):
     assert installs(make(workshop, "install", ok=False)) == []
     bounds = r"\((\d+), (\d+)\) <= sys.version_info < \((\d+), (\d+)\)"
     low, minor, high, end = re.search(bounds, (ROOT / "Makefile").read_text()).groups()
-    assert SpecifierSet(f">={low}.{minor},<{high}.{end}") == SpecifierSet(PROJECT["requires-python"])
+    wanted = SpecifierSet(f">={low}.{minor},<{high}.{end}")
+    assert wanted == SpecifierSet(PROJECT["requires-python"])
 
 
 @pytest.mark.parametrize("target, expected", [
