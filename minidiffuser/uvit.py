@@ -58,14 +58,16 @@ class Attention(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for (B, heads, L, d) each; no mask."""
-    if q.device.type != "cpu" or not (torch.is_grad_enabled() and q.requires_grad):
+    trains = torch.is_grad_enabled() and q.requires_grad
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not trains:
         return F.scaled_dot_product_attention(q, k, v)
-    # Backwards, the CPU's fused kernel takes several times as long as these three products
+    # Backwards, the CPU's fused bfloat16 kernel takes several times as long as these products do
     # (benchmarks/attention.py), and sequences here are short enough to hold their scores.
     b, heads, length, d = q.shape
     q, k, v = (y.reshape(b * heads, length, d) for y in (q, k, v))
-    scores = torch.bmm(q * d**-0.5, k.transpose(1, 2))                         # (B heads, L, L)
-    return torch.bmm(scores.softmax(-1).to(v.dtype), v).view(b, heads, length, d)
+    with torch.autocast("cpu", enabled=False):  # which would take the softmax to float32 and back
+        scores = torch.bmm(q * d**-0.5, k.transpose(1, 2))                     # (B heads, L, L)
+        return torch.bmm(scores.softmax(-1), v).view(b, heads, length, d)
 
 
 class MLP(nn.Module):
@@ -169,9 +171,9 @@ class UViT(nn.Module):
             Part name -> prediction of that part's shape.
 
         Raises:
-            ValueError: missing or unknown names, or shapes that do not fit.
+            ValueError: missing or unknown names, shapes that do not fit, or a bad ``data_type``.
         """
-        self._check(x, t)
+        self._check(x, t, data_type)
         parts = self.cfg.parts
         tokens = [self.embed[p.name](p.to_tokens(x[p.name])) for p in parts]   # (B, tokens, D)
         clocks = [timestep_embedding(t[c], self.cfg.dim)[:, None] for c in self.cfg.clocks]
@@ -181,6 +183,10 @@ class UViT(nn.Module):
             n = len(self.cfg.clocks)
             pos = torch.cat([pos[:, :n], self.data_type_pos, pos[:, n:]], dim=1)
         h = torch.cat([c.to(tokens[0].dtype) for c in clocks] + tokens, dim=1) + pos  # (B, L, D)
+        if self.cfg.norm == "post":
+            # Normalised after every addition, this stream may stay in autocast's half precision; a
+            # pre-LN stream grows with depth, and adding the float32 positions has made it float32.
+            h = h.to(tokens[0].dtype)
 
         skips = []
         for block in self.in_blocks:
@@ -208,7 +214,9 @@ class UViT(nn.Module):
             raise ValueError(f"data_type must lie in [0, {kinds}), got {data_type.tolist()}")
         return self.data_type_embed(data_type)[:, None]                        # (B, 1, D)
 
-    def _check(self, x: Mapping[str, Tensor], t: Mapping[str, Tensor]) -> None:
+    def _check(
+        self, x: Mapping[str, Tensor], t: Mapping[str, Tensor], data_type: Tensor | None
+    ) -> None:
         names = [p.name for p in self.cfg.parts]
         if set(x) != set(names) or set(t) != set(self.cfg.clocks):
             raise ValueError(f"the network reads parts {names} with clocks "
@@ -221,3 +229,10 @@ class UViT(nn.Module):
         for clock, value in t.items():
             if value.shape != (batch,):
                 raise ValueError(f"clock {clock!r} must be ({batch},), got {tuple(value.shape)}")
+        if data_type is None:
+            return
+        if not self.cfg.data_types:
+            raise ValueError("data_type was given to a network that has no data types")
+        if data_type.shape != (batch,) or data_type.is_floating_point():
+            raise ValueError(f"data_type must be ({batch},) integers, got "
+                             f"{tuple(data_type.shape)} {data_type.dtype}")
