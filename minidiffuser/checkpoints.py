@@ -23,8 +23,10 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-# May change when a run is continued: how long it is and what it reports, not what it computes.
-FREE = {"steps", "cooldown", "log_every", "save_every", "sample_every", "keep"}
+# May change when a run is continued: how long it is, what it reports, and where in the timestep
+# square it trains, but not what is trained.
+FREE = {"steps", "cooldown", "log_every", "save_every", "sample_every", "keep",
+        "square", "given", "ignored", "diagonal", "noise_bias", "favour_image"}
 
 
 @dataclass

@@ -163,11 +163,12 @@ class Config:
     prediction: str = "x0"           # eps | x0 | v
     weighting: str = "clipped-v"     # eps | x0 | v | min-snr | clipped-v
     gamma: float = 2.5               # where min-snr and clipped-v stop growing
-    square: float = 0.15             # shares of the timestep square: see objective.TimestepMix
-    given: float = 0.65
-    ignored: float = 0.12
-    diagonal: float = 0.08
-    noise_bias: float = 1.5          # above 1: the last three are more often very noisy
+    square: float = 0.1              # shares of the timestep square: see objective.TimestepMix
+    given: float = 0.75
+    ignored: float = 0.1
+    diagonal: float = 0.05
+    noise_bias: float = 2.0          # above 1: the last three are more often very noisy
+    favour_image: float = 0.65       # share of the image as the noisy one of given and ignored
     text_weight: float = 1.0         # factor of the text loss
     # ---- optimiser ----
     optimizer: str = "muon"          # muon (matrices of the blocks; adamw for the rest) | adamw
@@ -199,9 +200,9 @@ class Config:
             if getattr(self, key) not in known:
                 raise ValueError(f"{key} must be one of {', '.join(known)}; got "
                                  f"{getattr(self, key)!r}.{suggest(getattr(self, key), known)}")
-        if not 0 <= self.ema < 1 or not 0 <= self.cooldown <= 1:
-            raise ValueError(f"ema must lie in [0, 1) and cooldown in [0, 1], got {self.ema} and "
-                             f"{self.cooldown}")
+        for key in ("ema", "cooldown", "favour_image"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"{key} must lie in [0, 1], got {getattr(self, key)}")
 
     def parts(self) -> tuple[Part, ...]:
         """The network's parts, in token order."""
@@ -281,7 +282,7 @@ _OFFICIAL = Config(
     caption_length=77, caption_dim=64,
     dim=1536, depth=30, heads=24, patch=2, norm="post", qk_norm=False, checkpoint=True,
     schedule="scaled-linear", prediction="eps", weighting="eps",
-    square=1.0, given=0.0, ignored=0.0, diagonal=0.0, noise_bias=1.0,
+    square=1.0, given=0.0, ignored=0.0, diagonal=0.0, noise_bias=1.0, favour_image=0.5,
     optimizer="adamw", lr=2e-4, beta1=0.9, beta2=0.9, weight_decay=0.03, warmup=5000, cooldown=0.0,
     clip=0.0, batch_size=2112, steps=200_000, ema=0.9999, log_every=100, save_every=5000,
     sample_every=5000,

@@ -125,8 +125,8 @@ class Trainer:
         cpu: stay on the CPU even where there is a GPU.
         progress: show a bar with the time left.
 
-    A folder that holds checkpoints is continued; ``steps``, the last share of them that cools down
-    and what is logged may differ from before, everything else must be as it was.
+    A folder that holds checkpoints is continued.  How long it is, what it reports, and where in the
+    timestep square it trains may differ from before; everything else must be as it was.
 
     Raises:
         ValueError: a folder that belongs to another configuration, or cannot be written.
@@ -147,7 +147,10 @@ class Trainer:
         self.cfg, self.folder, self.progress = cfg, Path(folder), progress
         checkpoints.prepare_folder(self.folder)
         self.schedule = NoiseSchedule(cfg.schedule)
-        self.mix = TimestepMix(cfg.square, cfg.given, cfg.ignored, cfg.diagonal, cfg.noise_bias)
+        favour = {"image": cfg.favour_image, "text": 1 - cfg.favour_image}
+        clocks = cfg.network().clocks
+        self.mix = TimestepMix(cfg.square, cfg.given, cfg.ignored, cfg.diagonal, cfg.noise_bias,
+                               favour=tuple(favour[c] for c in clocks))
         self.images, self.captions = training_arrays(cfg)
         self.codecs = make_codecs(cfg, self.images, self.captions)
         self.ids = self.codecs["text"].encode_ids(self.captions)

@@ -324,7 +324,7 @@ def test_attention_is_its_formula_in_every_type(dtype, grad, autocast):
         pairs += [(a.grad, b.grad) for a, b in zip(leaves, reference, strict=True)]
     rounding = torch.finfo(torch.bfloat16 if autocast else dtype).eps
     for a, b in pairs:
-        assert (a.double() - b).norm() / b.norm() < 2 * rounding
+        assert (a.double() - b).norm() / b.norm() < 4 * rounding
 
 
 def test_queries_keys_and_values_are_of_one_type(monkeypatch):
