@@ -144,6 +144,21 @@ def _score_line(name: str, entry: dict) -> str:
 
 
 @app.command()
+def convert(
+    src: Annotated[Path, typer.Argument(help="Weights: .safetensors, .pth, .pt or .bin.")],
+    dst: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    source: Annotated[str, typer.Option(help="Names in SRC: official, diffusers or ours.")],
+    target: Annotated[str, typer.Option(help="Names in DST, likewise.")],
+    preset: Annotated[str, typer.Option(help="The network's shape.")] = "unidiffuser-v1",
+) -> None:
+    """Rename the weights of a U-ViT between the official code, diffusers and this package."""
+    from .convert import convert_file
+
+    convert_file(src, dst, source, target, preset)
+    typer.echo(f"{dst}: {source} -> {target}")
+
+
+@app.command()
 def info(
     preset: Annotated[str | None, typer.Argument(help="A preset; all of them by default.")] = None,
 ) -> None:
@@ -175,6 +190,8 @@ def main() -> None:
     except ValueError as error:
         if os.environ.get("MINIDIFFUSER_TRACEBACK"):
             raise
+        sys.exit(f"error: {error}")
+    except OSError as error:  # a full disk or a lost folder, somewhere between
         sys.exit(f"error: {error}")
 
 

@@ -13,11 +13,14 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -154,31 +157,25 @@ def fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-class explained:
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
     """Turn a failure to write into a ValueError that says where, why and what to do."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, traceback) -> None:
-        # safetensors reports a full disk as its own error, with the system's words in it.
-        text = str(error)
-        if error is None or not (isinstance(error, OSError) or "SafetensorError" in kind.__name__
-                                 or "PytorchStreamWriter" in text):
-            return
-        number = getattr(error, "errno", None)
-        if number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or "os error 28" in text or (
-            "os error 27" in text
-        ):
-            why = "there is no space left; free some, or choose another folder with --out"
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        text, number = str(error), getattr(error, "errno", None)
+        # safetensors and torch.save report the system's failures as errors of their own.
+        own = isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in text
+        if not own:
+            raise
+        full = number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+        if full or any(f"os error {n}" in text for n in (errno.ENOSPC, errno.EFBIG)):
+            why = "there is no space left; free some, or choose another folder"
         elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
-            why = "it is read-only for you; choose another folder with --out"
+            why = "it is read-only for you; choose another folder"
         else:
             why = text
-        raise ValueError(f"cannot write to {self.folder}: {why}. What was saved before is "
+        raise ValueError(f"cannot write to {folder}: {why}. What was saved before is "
                          "untouched") from error
 
 

@@ -78,12 +78,14 @@ def evaluate(
     """Score a model on ``n`` captions of the held-out split, and on as many of train.
 
     Args:
-        n: rows of each split, evenly spaced through it (all of it where it has fewer).
+        n: rows of each split, evenly spaced through it (all of it where it has fewer); at least 2.
 
     Returns:
         ``{"test": {score: {"value", "interval", "n"}}, "train": ..., "joint_top1": ...,
         "settings"}``; joint samples belong to no split.
     """
+    if n < 2:
+        raise ValueError(f"scores with intervals need at least 2 rows of each split, got n={n}")
     tables = {split: training_arrays(pipe.cfg, split) for split in ("train", "test")}
     gallery = Gallery(np.concatenate([t[0] for t in tables.values()]),
                       [c for t in tables.values() for c in t[1]])

@@ -13,7 +13,10 @@ sec. 4.2 and 4.3).
 
 import json
 import os
+import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +145,7 @@ class UniDiffuser:
         Raises:
             ValueError: an unknown modality, bad data, or a bad number.
         """
+        _check_count("n", n)
         sampled = (sampled,) if isinstance(sampled, str) else tuple(sampled)
         given = dict(given or {})
         roles = make_roles(self.clocks, sampled, given)  # names are checked before data is read
@@ -170,8 +174,8 @@ class UniDiffuser:
             seed: None for a different result each time.
             redraw: fresh noise for ignored modalities at each call; see ``tasks.NoisePredictor``.
         """
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got n={n}")
+        _check_count("n", n)
+        _check_count("steps", steps)
         if not 0 <= eta <= 1 or (eta and solver != "ddim"):
             raise ValueError(f"eta must lie in [0, 1] and be 0 unless solver='ddim', got eta={eta} "
                              f"with {solver!r}")
@@ -183,6 +187,10 @@ class UniDiffuser:
         if noise is None:
             noise = {p.name: torch.randn((n, *p.shape), generator=generator)
                      for p in predict.sampled}
+        for p in predict.sampled:
+            if p.name not in noise or noise[p.name].shape != (n, *p.shape):
+                got = tuple(noise[p.name].shape) if p.name in noise else None
+                raise ValueError(f"noise[{p.name!r}] must be {(n, *p.shape)}, got {got}")
         state = predict.pack(noise).to(self.device)
         run = choose("solver", solver, solvers.SOLVERS)
         # The singlestep solver stops at t = 1, as the official sampler does.
@@ -203,6 +211,7 @@ class UniDiffuser:
         return self._there_and_back("text", text, n, seed, how)
 
     def _there_and_back(self, name: str, data: Any, n: int, seed: int | None, how: dict) -> list:
+        _check_count("n", n)
         other = self._other(name)
         x = self.encode({name: data}, n)
         for i, target in enumerate((other, name)):
@@ -222,11 +231,11 @@ class UniDiffuser:
         Returns:
             For each round, n pairs; image and text of a pair are drawn one from the other.
         """
-        if rounds < 1:
-            raise ValueError(f"rounds must be at least 1, got {rounds}")
+        _check_count("rounds", rounds)
         if start is None:
             x = self.sample_latents(make_roles(self.clocks, ["image"]), {}, n, seed=seed, **how)
         else:
+            _check_count("n", n)
             x = self.encode({"image": start}, n)
         chain = []
         for i in range(rounds):
@@ -247,8 +256,8 @@ class UniDiffuser:
         (by slerp) and caption latent (by lerp) are mixed, and the ODE run down again.  There is no
         guidance on the way: a guided ODE does not lead back to where it came from.
         """
-        if n < 2:
-            raise ValueError(f"an interpolation has at least its 2 ends, got n={n}")
+        _check_count("n", n, least=2)          # its two ends
+        _check_count("steps", steps, least=2)  # the inversion takes one less
         images = self.encode({"image": [image_a, image_b]}, 2)
         texts = self._condition("text", images, 2, seed=seed, guidance_scale=2.0)
         times = solvers.time_grid(self.schedule, steps)
@@ -304,17 +313,24 @@ class UniDiffuser:
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
         """Write config.json, model.safetensors (in ``dtype``) and codecs.safetensors."""
         folder = Path(folder)
+        draft = folder / ".writing"
         with checkpoints.explained(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            draft.mkdir(parents=True, exist_ok=True)
             states = {name: codec.state() for name, codec in self.codecs.items()}
             kinds = {n: {"kind": self.codecs[n].kind, **s} for n, (s, _) in states.items()}
             config = {"config": self.cfg.to_dict(), "codecs": kinds}
             codecs = {f"{n}.{k}": v.contiguous() for n, (_, s) in states.items()
                       for k, v in s.items()}
             weights = {k: v.to(dtype).contiguous() for k, v in self.net.state_dict().items()}
-            save_file(weights, folder / "model.safetensors")
-            save_file(codecs, folder / "codecs.safetensors")
-            (folder / "config.json").write_text(json.dumps(config, ensure_ascii=False, indent=1))
+            try:
+                save_file(weights, draft / "model.safetensors")
+                save_file(codecs, draft / "codecs.safetensors")
+                text = json.dumps(config, ensure_ascii=False, indent=1)
+                (draft / "config.json").write_text(text, encoding="utf-8")
+                for file in draft.iterdir():  # a model that was there is whole until here
+                    file.replace(folder / file.name)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike, device: str = "cpu") -> "UniDiffuser":
@@ -325,21 +341,34 @@ class UniDiffuser:
         """
         folder = find_model(name)
         try:
-            stored = json.loads((folder / "config.json").read_text())
+            stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             weights = load_file(folder / "model.safetensors")
             tensors = load_file(folder / "codecs.safetensors")
             cfg = Config().replace(**stored["config"])
             net = UViT(cfg.network())
             net.load_state_dict({k: v.float() for k, v in weights.items()})
-        except (OSError, KeyError, json.JSONDecodeError, SafetensorError, RuntimeError) as error:
-            raise ValueError(f"the model in {folder} is damaged or incomplete: {error}") from None
-        codecs = {}
-        for part, config in stored["codecs"].items():
-            kind = choose("codec", config.pop("kind"), CODECS)
-            own = {k.removeprefix(f"{part}."): v for k, v in tensors.items()
-                   if k.startswith(f"{part}.")}
-            codecs[part] = kind.from_state(config, own)
+            codecs = _stored_codecs(stored["codecs"], tensors)
+            for p in net.cfg.parts:
+                if codecs[p.name].shape != p.shape:
+                    raise ValueError(f"the codec of {p.name!r} makes {codecs[p.name].shape}, the "
+                                     f"network reads {p.shape}")
+        except (OSError, KeyError, TypeError, AttributeError, ValueError, RuntimeError,
+                SafetensorError) as error:
+            # In one line: PyTorch lists every weight that does not fit.
+            why = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+            raise ValueError(f"the model in {folder} is damaged or incomplete: {why}") from None
         return cls(cfg, net, codecs, device)
+
+
+def _stored_codecs(configs: dict[str, Any], tensors: dict[str, Tensor]) -> Codecs:
+    """Codecs by part, from what :meth:`UniDiffuser.save_pretrained` wrote."""
+    codecs = {}
+    for part, config in configs.items():
+        kind = choose("codec", config.pop("kind"), CODECS)
+        own = {k.removeprefix(f"{part}."): v for k, v in tensors.items()
+               if k.startswith(f"{part}.")}
+        codecs[part] = kind.from_state(config, own)
+    return codecs
 
 
 def find_model(name: str | os.PathLike) -> Path:
@@ -366,9 +395,16 @@ def _generator(seed: int | None) -> torch.Generator:
     generator = torch.Generator()
     if seed is None:
         generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator
+        return generator
+    try:
+        return generator.manual_seed(seed)
+    except (TypeError, RuntimeError):
+        raise ValueError(f"seed must be None or an integer of 64 bits, got {seed!r}") from None
+
+
+def _check_count(name: str, value: int, least: int = 1) -> None:
+    if not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {name}={value!r}")
 
 
 def _nth(seed: int | None, i: int) -> int | None:

@@ -3,6 +3,7 @@
 Colours are from Okabe and Ito's palette, which stays distinct for colour-blind readers.
 """
 
+import io
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -21,6 +22,20 @@ COLOURS = {
     "image": "#0072B2", "text": "#D55E00", "joint": "#009E73", "given": "#999999",
     "accent": "#CC79A7", "light": "#56B4E9",
 }
+
+
+def to_png(figure: Figure, dpi: int = 100) -> bytes:
+    """A figure as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=dpi, format="png")
+    return buffer.getvalue()
+
+
+def show(figure: Figure, alt: str) -> None:
+    """Display a figure in a notebook, with a description for those who cannot see it."""
+    from IPython.display import Image, display
+
+    display(Image(to_png(figure), alt=alt))
 
 
 def image_row(

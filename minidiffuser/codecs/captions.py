@@ -48,8 +48,12 @@ class WordCodec:
     def __init__(self, tokenizer: Tokenizer, codes: Tensor, length: int):
         self.tokenizer, self.codes, self.length = tokenizer, codes, length
         self.words = [tokenizer.id_to_token(i) for i in range(len(codes))]
+        if tokenizer.get_vocab_size() != len(codes) or self.words[0] != END:
+            raise ValueError(f"{len(codes)} codes do not fit a vocabulary of "
+                             f"{tokenizer.get_vocab_size()} words that begins with {END!r}")
+        self._known = set(self.words[1:])  # a caption cannot name the end token
         self._folded: dict[str, str] = {}
-        for word in reversed(self.words):  # where two differ in case only, the first is meant
+        for word in reversed(self.words[1:]):  # where two differ in case only, the first is meant
             self._folded[word.casefold()] = word
 
     @classmethod
@@ -111,8 +115,7 @@ class WordCodec:
         split = self.split(caption)
         if not split:
             raise ValueError("the caption is empty: write at least one word")
-        known = [w if self.tokenizer.token_to_id(w) is not None
-                 else self._folded.get(w.casefold()) for w in split]
+        known = [w if w in self._known else self._folded.get(w.casefold()) for w in split]
         unknown = [w for w, k in zip(split, known, strict=True) if k is None]
         if unknown:
             hints = "; ".join(self._nearest(w) for w in dict.fromkeys(unknown))
@@ -150,7 +153,10 @@ class WordCodec:
 
     @classmethod
     def from_state(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> "WordCodec":
-        tokenizer = Tokenizer.from_str(json.dumps(config["tokenizer"]))
+        try:
+            tokenizer = Tokenizer.from_str(json.dumps(config["tokenizer"]))
+        except Exception as error:  # the library raises no narrower one
+            raise ValueError(f"the stored tokenizer cannot be read: {error}") from None
         return cls(tokenizer, tensors["codes"], config["length"])
 
 

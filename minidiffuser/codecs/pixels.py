@@ -8,6 +8,7 @@ The second is the best *linear* autoencoder of 8 x 8 patches under squared error
 
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,17 +38,27 @@ def load_image(source: ImageLike, where: str = "image") -> Image.Image:
         return _from_array(source, where)
     if isinstance(source, Image.Image):
         return _to_rgb(source, where)
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"{where}: give a PIL image, a path or a NumPy array, got "
+                         f"{type(source).__name__}")
     path = Path(source)
     if not path.is_file():
         raise ValueError(f"{where}: there is no file {str(path)!r}")
     try:
-        with Image.open(path) as image:
-            return _to_rgb(image, f"{where} {path.name!r}")
+        with warnings.catch_warnings():
+            # Pillow warns of what is refused below: the limit here is the lower one.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return _to_rgb(image, f"{where} {path.name!r}")
     except UnidentifiedImageError:
         raise ValueError(f"{where}: {path.name!r} is not an image that Pillow can read") from None
     except Image.DecompressionBombError:
         raise ValueError(f"{where}: {path.name!r} has too many pixels (over {MAX_PIXELS:,}); "
                          "make it smaller first") from None
+    except PermissionError:
+        raise ValueError(f"{where}: you may not read {str(path)!r}") from None
+    except (OSError, SyntaxError) as error:  # a header that is cut off, among others
+        raise ValueError(f"{where} {path.name!r} is truncated or corrupt: {error}") from None
 
 
 def _to_rgb(image: Image.Image, where: str) -> Image.Image:
@@ -56,14 +67,15 @@ def _to_rgb(image: Image.Image, where: str) -> Image.Image:
                          "pixels allowed; make it smaller first")
     try:
         image.load()
+        image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{where} is truncated or corrupt: {error}") from None
-    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         # 16-bit and float greys: Pillow's own conversion clips at 255 instead of scaling.
         grey = np.asarray(image, dtype=np.float64)
         top = 65535 if image.mode.startswith("I") else max(1.0, float(grey.max(initial=0)))
-        return Image.fromarray((grey.clip(0, top) / top * 255).astype(np.uint8)).convert("RGB")
+        grey = (grey.clip(0, top) / top * 255).round().astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

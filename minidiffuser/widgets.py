@@ -1,0 +1,116 @@
+"""Widgets of the lessons: a playground, and a slider over figures that were drawn beforehand.
+
+What a widget does is a method that can be called without a browser; the layout only calls it.
+"""
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import ipywidgets as w
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .pipeline import UniDiffuser
+
+
+def png(image: "Image.Image", side: int = 192) -> bytes:
+    """An image as PNG, enlarged to ``side`` pixels without blurring."""
+    buffer = io.BytesIO()
+    image.resize((side, side), resample=0).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class Flipbook(w.VBox):
+    """A slider over pictures drawn beforehand, so that it answers at once.
+
+    Args:
+        pictures: PNG bytes, one for each stop. labels: what each stop is called.
+        description: what the slider changes. alt: what the pictures show, for a screen reader.
+
+    Raises:
+        ValueError: no picture, or not one label for each.
+    """
+
+    def __init__(
+        self, pictures: Sequence[bytes], labels: Sequence[str], description: str, alt: str
+    ):
+        if not pictures or len(pictures) != len(labels):
+            raise ValueError(f"a flipbook needs one label for each picture, got {len(pictures)} "
+                             f"pictures and {len(labels)} labels")
+        self.pictures = list(pictures)
+        self.slider = w.SelectionSlider(
+            options=[(label, i) for i, label in enumerate(labels)], description=description,
+            style={"description_width": "initial"}, layout=w.Layout(width="480px"),
+        )
+        self.picture = w.Image(value=self.pictures[0], format="png", alt=alt)
+        self.slider.observe(self.turn, names="value")
+        super().__init__([self.slider, self.picture])
+
+    def turn(self, change: dict) -> None:
+        """Show the picture of the slider's new stop."""
+        self.picture.value = self.pictures[change["new"]]
+
+
+class Playground(w.HBox):
+    """Type a caption and see an image of it; pick an emoji and read what the model calls it.
+
+    Args:
+        pipe: the model. drawings: caption -> image, to pick from. steps: of the solver.
+    """
+
+    def __init__(
+        self, pipe: "UniDiffuser", drawings: "dict[str, Image.Image]", steps: int = 12
+    ):
+        self.pipe, self.drawings, self.steps, self.seed = pipe, drawings, steps, 0
+        wide = w.Layout(width="300px")
+        self.prompt = w.Text(value="red apple", description="caption", layout=wide,
+                             continuous_update=False)
+        self.scale = w.FloatSlider(value=2, min=0, max=8, step=0.5, description="guidance",
+                                   layout=wide, continuous_update=False)
+        self.draw_button = w.Button(description="draw another", icon="refresh")
+        self.drawn = w.Image(format="png", width=192, height=192, alt="the image drawn")
+        self.message = w.HTML(layout=wide)
+        self.choice = w.Dropdown(options=list(drawings), description="emoji", layout=wide)
+        self.shown = w.Image(format="png", width=192, height=192, alt="the emoji picked")
+        self.caption = w.HTML(layout=wide)
+
+        self.prompt.observe(lambda _: self.draw(), names="value")
+        self.scale.observe(lambda _: self.draw(), names="value")
+        self.draw_button.on_click(lambda _: self.draw_another())
+        self.choice.observe(lambda _: self.read(), names="value")
+        self.draw()
+        self.read()
+        super().__init__([
+            w.VBox([w.HTML("<b>text to image</b>"), self.prompt, self.scale, self.draw_button,
+                    self.drawn, self.message]),
+            w.VBox([w.HTML("<b>image to text</b>"), self.choice, self.shown, self.caption]),
+        ])
+
+    def draw(self) -> None:
+        """Draw the caption as it stands; what is wrong with it is said below the image."""
+        try:
+            image = self.pipe.text_to_image(self.prompt.value, steps=self.steps, seed=self.seed,
+                                            guidance_scale=self.scale.value)[0]
+        except ValueError as error:
+            self.message.value = f"<span style='color:#D55E00'>{_escape(str(error))}</span>"
+            return
+        self.drawn.value = png(image)
+        self.message.value = f"seed {self.seed}"
+
+    def draw_another(self) -> None:
+        """Draw the same caption from other noise."""
+        self.seed += 1
+        self.draw()
+
+    def read(self) -> None:
+        """Show the emoji that was picked, and the model's caption of it beside its own."""
+        image = self.drawings[self.choice.value]
+        said = self.pipe.image_to_text(image, steps=self.steps)[0]
+        self.shown.value = png(image)
+        self.caption.value = f"the model says: <b>{_escape(said)}</b>"
+
+
+def _escape(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
