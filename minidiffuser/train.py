@@ -188,12 +188,10 @@ class Trainer:
                     self._write_log(meter.flush(), step)
                 if self.step % cfg.save_every == 0 or self.step == cfg.steps:
                     self.save()
+                    self.export()
                 if self.step % cfg.sample_every == 0 or self.step == cfg.steps:
                     self.write_samples()
                 yield step
-        pipe = self.pipeline()
-        if pipe:
-            pipe.save_pretrained(self.folder / "model")
 
     def _take_step(self) -> Step:
         cfg = self.cfg
@@ -238,6 +236,12 @@ class Trainer:
         net = UViT(self.cfg.network())
         net.load_state_dict(state)
         return UniDiffuser(self.cfg, net, self.codecs)
+
+    def export(self) -> None:
+        """Write the averaged model to ``model/``, where ``UniDiffuser.from_pretrained`` finds it."""
+        pipe = self.pipeline()
+        if pipe:
+            pipe.save_pretrained(self.folder / "model")
 
     def write_samples(self) -> None:
         """A grid of all tasks to ``samples/``, with averaged weights and a fixed seed."""
