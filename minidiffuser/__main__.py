@@ -69,7 +69,7 @@ def sample(
     model: Model = "emoji",
     n: Number = 1,
     steps: Steps = 25,
-    guidance_scale: Scale = 2.0,
+    guidance_scale: Scale = 1.0,
     seed: Seed = 0,
     solver: Annotated[str, typer.Option(help="dpm++2m, dpm++fast, ddim or ddpm.")] = "dpm++2m",
     out: Out = None,
@@ -117,9 +117,9 @@ def _save_image(picture, path: Path) -> None:
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A shipped model, or a folder.")] = "emoji",
-    n: Annotated[int, typer.Option("--n", help="Rows of each split.")] = 128,
+    n: Annotated[int, typer.Option("--n", help="Rows of each split.")] = 188,
     steps: Steps = 25,
-    guidance_scale: Scale = 2.0,
+    guidance_scale: Scale = 1.0,
     seed: Seed = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -8,12 +8,12 @@ from .pipeline import UniDiffuser
 from .plots import task_figure
 
 PROMPTS = (
-    "red apple",
     "woman mechanic: dark skin tone",
+    "man biking",
+    "waving hand: medium skin tone",
+    "red heart",
     "flag: Japan",
-    "cat face with tears of joy",
     "man health worker: medium-light skin tone",
-    "two-hump camel",
 )
 
 

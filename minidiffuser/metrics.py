@@ -73,7 +73,7 @@ class Gallery:
 
 
 def evaluate(
-    pipe: UniDiffuser, n: int = 128, seed: int = 0, steps: int = 25, guidance_scale: float = 2.0
+    pipe: UniDiffuser, n: int = 188, seed: int = 0, steps: int = 25, guidance_scale: float = 1.0
 ) -> dict:
     """Score a model on ``n`` captions of the held-out split, and on as many of train.
 

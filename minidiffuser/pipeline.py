@@ -160,7 +160,7 @@ class UniDiffuser:
         n: int = 1,
         *,
         steps: int = 25,
-        guidance_scale: float = 2.0,
+        guidance_scale: float = 1.0,
         seed: int | None = 0,
         solver: str = "dpm++2m",
         eta: float = 0.0,
@@ -395,11 +395,15 @@ def _generator(seed: int | None) -> torch.Generator:
     generator = torch.Generator()
     if seed is None:
         generator.seed()
-        return generator
-    try:
-        return generator.manual_seed(seed)
-    except (TypeError, RuntimeError):
-        raise ValueError(f"seed must be None or an integer of 64 bits, got {seed!r}") from None
+    else:
+        generator.manual_seed(_checked_seed(seed))
+    return generator
+
+
+def _checked_seed(seed: int) -> int:
+    if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be None or an integer of 64 bits, got {seed!r}")
+    return int(seed)
 
 
 def _check_count(name: str, value: int, least: int = 1) -> None:
@@ -409,4 +413,4 @@ def _check_count(name: str, value: int, least: int = 1) -> None:
 
 def _nth(seed: int | None, i: int) -> int | None:
     """A seed of its own for the i-th draw of a chain."""
-    return None if seed is None else seed * 1_000 + i
+    return None if seed is None else (_checked_seed(seed) * 1_000 + i) % 2**63

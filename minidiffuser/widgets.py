@@ -67,7 +67,7 @@ class Playground(w.HBox):
         wide = w.Layout(width="300px")
         self.prompt = w.Text(value="red apple", description="caption", layout=wide,
                              continuous_update=False)
-        self.scale = w.FloatSlider(value=2, min=0, max=8, step=0.5, description="guidance",
+        self.scale = w.FloatSlider(value=1, min=0, max=8, step=0.5, description="guidance",
                                    layout=wide, continuous_update=False)
         self.draw_button = w.Button(description="draw another", icon="refresh")
         self.drawn = w.Image(format="png", width=192, height=192, alt="the image drawn")
