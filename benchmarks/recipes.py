@@ -1,7 +1,7 @@
 """What each choice of the training recipe buys at equal time: writes recipes.json and recipes.md.
 
-    python benchmarks/recipes.py --seconds 100            # all rows; two at a time, one core each
-    python benchmarks/recipes.py --seconds 100 --only base adamw
+    python benchmarks/recipes.py --seconds 80            # all rows; two at a time, one core each
+    python benchmarks/recipes.py --seconds 80 --only base adamw
 
 "Time" is processor time of one thread, so that rows can share a machine and be compared all the
 same.  Every row is the shipped recipe on a smaller network with one thing changed, trained until
@@ -149,7 +149,7 @@ def write_report(results: dict[str, dict]) -> None:
 def main() -> None:
     """Run the rows that are missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=100)
+    parser.add_argument("--seconds", type=float, default=80)
     parser.add_argument("--only", nargs="*", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--parallel", type=int, default=2)
     parser.add_argument("--one", choices=list(RECIPES), help=argparse.SUPPRESS)
