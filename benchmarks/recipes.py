@@ -35,6 +35,7 @@ RECIPES: dict[str, tuple[str, dict]] = {
     "v": ("v-prediction, v loss", {"prediction": "v", "weighting": "v"}),
     "eps": ("noise prediction, eps loss", {"prediction": "eps", "weighting": "eps"}),
     "x0-flat": ("x0 loss without weights", {"weighting": "x0"}),
+    "min-snr": ("x0 loss with min-SNR weights", {"weighting": "min-snr"}),
     "scaled-linear": ("Stable Diffusion's schedule", {"schedule": "scaled-linear"}),
     "patch8": ("patches of 8 x 8: 64 image tokens", {"patch": 8}),
     "pca": ("linear autoencoder: 64 tokens of 64 numbers", {"image_codec": "pca", "patch": 1}),

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from minidiffuser.convert import convert
 from torch import nn
 
 from minidiffuser.config import PRESETS, UViTConfig
+from minidiffuser.convert import convert
 from minidiffuser.uvit import UViT
 
 

@@ -238,7 +238,7 @@ class Trainer:
         return UniDiffuser(self.cfg, net, self.codecs)
 
     def export(self) -> None:
-        """Write the averaged model to ``model/``, where ``UniDiffuser.from_pretrained`` finds it."""
+        """Write the averaged model to ``model/``, for ``UniDiffuser.from_pretrained``."""
         pipe = self.pipeline()
         if pipe:
             pipe.save_pretrained(self.folder / "model")

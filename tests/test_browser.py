@@ -1,0 +1,114 @@
+"""Every slider of every lesson, moved in JupyterLab in a real browser: what it stands for changes.
+
+Needs the extra `browser` (playwright) and an installed Chromium; skipped, with a message, without.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+VIEW = "application/vnd.jupyter.widget-view+json"
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+AREAS = ".jp-OutputArea-output:has(.jupyter-widgets)"  # outputs that show a living widget
+START, RUN = 60, 180  # seconds that the server, and a lesson, may take
+
+pytestmark = pytest.mark.slow
+
+
+def widget_cells(path: Path) -> int:
+    """How many outputs of a lesson are widgets."""
+    cells = json.loads(path.read_text())["cells"]
+    return sum(VIEW in output.get("data", {}) for c in cells for output in c.get("outputs", []))
+
+
+LESSONS = sorted(p for p in (ROOT / "notebooks").glob("*/*.ipynb") if widget_cells(p))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="the extra `browser` is not "
+                                     "installed: pip install -e '.[browser]'")
+    executable = next(filter(None, map(shutil.which, NAMES)), None)
+    if executable is None:
+        pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
+    with playwright.sync_playwright() as p:
+        launched = p.chromium.launch(executable_path=executable,
+                                     args=["--no-sandbox", "--disable-gpu"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="module")
+def server(browser, tmp_path_factory):
+    """The address of a JupyterLab on a copy of the lessons."""
+    root = tmp_path_factory.mktemp("lab")
+    shutil.copytree(ROOT / "notebooks", root / "notebooks")
+    shutil.copytree(ROOT / "benchmarks", root / "benchmarks")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, **{f"JUPYTER_{name}_DIR": str(root / name.lower())
+                            for name in ("CONFIG", "DATA", "RUNTIME")}}
+    with (root / "log.txt").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root",
+             f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=",
+             f"--ServerApp.root_dir={root / 'notebooks'}"],
+            stdout=log, stderr=subprocess.STDOUT, env=env)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(START * 2):
+            try:
+                urllib.request.urlopen(f"{address}/api").close()
+                break
+            except (urllib.error.URLError, OSError):
+                assert process.poll() is None, (root / "log.txt").read_text()
+                time.sleep(0.5)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def run_all(page, widgets: int) -> None:
+    """Run every cell, and wait until its widgets are there and the kernel rests."""
+    resting = page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")
+    resting.wait_for(timeout=START * 1000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    page.wait_for_function("n => document.querySelectorAll(%r).length === n" % AREAS,
+                           arg=widgets, timeout=RUN * 1000)
+    resting.wait_for(timeout=RUN * 1000)
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda p: p.stem)
+def test_sliders_change_what_they_stand_for(lesson, browser, server):
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.goto(f"{server}/lab/tree/{lesson.parent.name}/{lesson.name}", timeout=START * 1000)
+    page.locator(".jp-CodeCell").first.wait_for(timeout=START * 1000)
+    run_all(page, widget_cells(lesson))
+
+    moved = 0
+    for area in page.locator(AREAS).all():
+        for handle in area.locator(".noUi-handle").all():
+            area.scroll_into_view_if_needed()
+            shown = area.evaluate("a => [...a.querySelectorAll('img')].map(i => i.src).join()")
+            assert shown, "a slider with no picture"
+            handle.focus()
+            handle.press("ArrowRight")
+            page.wait_for_function(
+                """([a, shown]) => [...a.querySelectorAll('img')].map(i => i.src).join()
+                   !== shown""", arg=[area.element_handle(), shown], timeout=20_000)
+            moved += 1
+    assert moved
+    page.close()
