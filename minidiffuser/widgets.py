@@ -27,7 +27,8 @@ class Flipbook(w.VBox):
 
     Args:
         pictures: PNG bytes, one for each stop. labels: what each stop is called.
-        description: what the slider changes. alt: what the pictures show, for a screen reader.
+        description: what the slider changes. alt: what the pictures show, for a screen reader
+            (`w.Image` has no alternative text; its tooltip is read instead).
 
     Raises:
         ValueError: no picture, or not one label for each.
@@ -44,7 +45,7 @@ class Flipbook(w.VBox):
             options=[(label, i) for i, label in enumerate(labels)], description=description,
             style={"description_width": "initial"}, layout=w.Layout(width="480px"),
         )
-        self.picture = w.Image(value=self.pictures[0], format="png", alt=alt)
+        self.picture = w.Image(value=self.pictures[0], format="png", tooltip=alt)
         self.slider.observe(self.turn, names="value")
         super().__init__([self.slider, self.picture])
 
@@ -70,10 +71,10 @@ class Playground(w.HBox):
         self.scale = w.FloatSlider(value=1, min=0, max=8, step=0.5, description="guidance",
                                    layout=wide, continuous_update=False)
         self.draw_button = w.Button(description="draw another", icon="refresh")
-        self.drawn = w.Image(format="png", width=192, height=192, alt="the image drawn")
+        self.drawn = w.Image(format="png", width=192, height=192, tooltip="the image drawn")
         self.message = w.HTML(layout=wide)
         self.choice = w.Dropdown(options=list(drawings), description="emoji", layout=wide)
-        self.shown = w.Image(format="png", width=192, height=192, alt="the emoji picked")
+        self.shown = w.Image(format="png", width=192, height=192, tooltip="the emoji picked")
         self.caption = w.HTML(layout=wide)
 
         self.prompt.observe(lambda _: self.draw(), names="value")

@@ -86,8 +86,8 @@ def run_all(page, widgets: int) -> None:
     resting.wait_for(timeout=START * 1000)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    page.wait_for_function("n => document.querySelectorAll(%r).length === n" % AREAS,
-                           arg=widgets, timeout=RUN * 1000)
+    page.wait_for_function("([a, n]) => document.querySelectorAll(a).length === n",
+                           arg=[AREAS, widgets], timeout=RUN * 1000)
     resting.wait_for(timeout=RUN * 1000)
 
 

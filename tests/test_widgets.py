@@ -1,0 +1,87 @@
+"""Widgets, without a browser: what they do is in methods, and what is wrong is said in place."""
+
+import io
+
+import pytest
+from PIL import Image
+
+from minidiffuser.widgets import Flipbook, Playground, png
+
+
+class StandIn:
+    """Draws a colour that depends on how it is asked; reads the colour back."""
+
+    def __init__(self):
+        self.asked = []
+
+    def text_to_image(self, prompt, **how):
+        self.asked.append((prompt, how))
+        if "zebra" in prompt:
+            raise ValueError("not 'zebra' <nearest: cobra>")
+        return [Image.new("RGB", (8, 8), (len(prompt), how["seed"], int(how["guidance_scale"])))]
+
+    def image_to_text(self, image, **how):
+        return [f"<{image.getpixel((0, 0))[0]}>"]
+
+
+def pixel(widget):
+    return Image.open(io.BytesIO(widget.value)).convert("RGB").getpixel((0, 0))
+
+
+@pytest.fixture
+def playground():
+    drawings = {name: Image.new("RGB", (8, 8), (i, 0, 0)) for i, name in enumerate("ab")}
+    return Playground(StandIn(), drawings, steps=5)
+
+
+def test_png_enlarges_without_blurring():
+    image = Image.new("RGB", (2, 1))
+    image.putpixel((1, 0), (255, 0, 0))
+    big = Image.open(io.BytesIO(png(image, 64)))
+    assert big.size == (64, 64)
+    assert sorted(count for count, _ in big.getcolors()) == [32 * 64, 32 * 64]
+
+
+def test_the_flipbook_turns_to_the_stop_of_its_slider():
+    book = Flipbook([b"one", b"two", b"three"], ["1", "2", "3"], "stop", alt="numbers")
+    assert book.picture.value == b"one"
+    book.slider.value = 2
+    assert book.picture.value == b"three"
+    assert book.picture.tooltip == "numbers"
+
+
+@pytest.mark.parametrize("pictures, labels", [([], []), ([b"one"], ["1", "2"])])
+def test_the_flipbook_needs_a_label_for_each_picture(pictures, labels):
+    with pytest.raises(ValueError, match=f"got {len(pictures)} pictures and {len(labels)} labels"):
+        Flipbook(pictures, labels, "stop", alt="")
+
+
+def test_the_playground_draws_a_new_caption(playground):
+    playground.prompt.value = "flag: Japan"
+    assert playground.pipe.asked[-1] == (
+        "flag: Japan", {"steps": 5, "seed": 0, "guidance_scale": 1.0})
+    assert pixel(playground.drawn) == (len("flag: Japan"), 0, 1)
+
+
+def test_its_slider_and_its_button_draw_again(playground):
+    playground.scale.value = 3
+    assert pixel(playground.drawn)[2] == 3
+    playground.draw_button.click()
+    playground.draw_button.click()
+    assert pixel(playground.drawn)[1] == 2
+    assert playground.message.value == "seed 2"
+
+
+def test_an_unknown_word_is_named_and_the_last_image_kept(playground):
+    before = playground.drawn.value
+    playground.prompt.value = "zebra"
+    assert playground.drawn.value == before
+    assert "not 'zebra' &lt;nearest: cobra&gt;" in playground.message.value
+    playground.prompt.value = "red heart"
+    assert "zebra" not in playground.message.value
+
+
+def test_it_reads_the_emoji_picked(playground):
+    assert "&lt;0&gt;" in playground.caption.value
+    playground.choice.value = "b"
+    assert "&lt;1&gt;" in playground.caption.value and pixel(playground.shown) == (1, 0, 0)
