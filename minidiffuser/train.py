@@ -5,8 +5,8 @@
 
 One loop for all sizes: `accelerate` underneath gives one process, several GPUs (``accelerate
 launch``) and sharded training (its FSDP settings) without a line changed here.  A run may be killed
-at any moment: the next one continues from the last whole checkpoint, and on the CPU its weights are
-bit for bit those of a run that was never stopped.
+at any moment: the next one continues from the last whole checkpoint, and on the CPU, with as many
+threads, its weights are bit for bit those of a run that was never stopped.
 """
 
 import json
