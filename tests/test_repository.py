@@ -32,7 +32,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 OPTIONAL = [line for extra in EXTRAS.values() for line in extra]
 
 CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}  # the others are the same
-IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml"}
+IMPORT_NAMES = {"ipython": "IPython", "pillow": "PIL", "pyyaml": "yaml"}
 
 # Who may import whom inside the package; modules that are not listed sit on top, and may any.
 MAY_IMPORT = {
