@@ -18,12 +18,13 @@ Sources: Tweedie's formula: Efron, JASA 106 (2011); conditionals of Gaussians: B
 Recognition and Machine Learning (2006), eq. 2.81 and 2.82.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import MultivariateNormal
 
 from .config import Part
 from .schedule import NoiseSchedule
@@ -100,17 +101,16 @@ class GaussianMixture:
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x): (*, d) -> (*)."""
-        return self._log_joint(x).logsumexp(-1)
+        return self._log_joint_and_pull(x)[0].logsumexp(-1)
 
     def responsibilities(self, x: Tensor) -> Tensor:
         """p(component k | x): (*, d) -> (*, K)."""
-        return self._log_joint(x).softmax(-1)
+        return self._log_joint_and_pull(x)[0].softmax(-1)
 
     def score(self, x: Tensor) -> Tensor:
         """grad log p(x) = sum_k p(k | x) C_k^-1 (m_k - x): (*, d) -> (*, d)."""
-        pull = (self.means - _wide(x)[..., None, :])[..., None]                # (*, K, d, 1)
-        pull = torch.cholesky_solve(pull, self.tril).squeeze(-1)
-        return (self.responsibilities(x)[..., None] * pull).sum(-2)
+        log_joint, pull = self._log_joint_and_pull(x)
+        return (log_joint.softmax(-1)[..., None] * pull).sum(-2)
 
     def mean(self) -> Tensor:
         """(*, d)."""
@@ -122,13 +122,21 @@ class GaussianMixture:
         each = self.covs + off[..., :, None] * off[..., None, :]               # (*, K, d, d)
         return (self.weights[..., None, None] * each).sum(-3)
 
-    def _log_joint(self, x: Tensor) -> Tensor:
-        """log w_k + log N(x; m_k, C_k): (*, d) -> (*, K)."""
+    def _log_joint_and_pull(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """log w_k + log N(x; m_k, C_k), and C_k^-1 (m_k - x): (*, d) -> (*, K), (*, K, d)."""
         x = _wide(x)
         if x.shape[-1] != self.dim:
             raise ValueError(f"x must be (*, {self.dim}), got {tuple(x.shape)}")
-        normal = MultivariateNormal(self.means, scale_tril=self.tril, validate_args=False)
-        return self.weights.log() + normal.log_prob(x[..., None, :])
+        off = self.means - x[..., None, :]                                     # (*, K, d)
+        pull = (self.precisions * off[..., None, :]).sum(-1)  # for tiny d quicker than matmul
+        log_det = 2 * self.tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)       # (*, K)
+        log_normal = -0.5 * ((off * pull).sum(-1) + log_det + self.dim * math.log(math.tau))
+        return self.weights.log() + log_normal, pull
+
+    @cached_property
+    def precisions(self) -> Tensor:
+        """C_k^-1, (*, K, d, d)."""
+        return torch.cholesky_inverse(self.tril)
 
     # ---- blocks of coordinates --------------------------------------------------------------
 
@@ -184,6 +192,24 @@ class GaussianMixture:
         """
         _, sigma = _coefficients(t, schedule)
         return -sigma * self.noised(t, schedule).score(x)
+
+
+def smiley() -> GaussianMixture:
+    """A face of 51 Gaussians in the plane: a ring, two eyes and a mouth; mean 0, variance near 1.
+
+    What the lessons draw where a result has to be compared with an exact one.
+    """
+    ring, mouth = torch.arange(40) * math.tau / 40, torch.linspace(1.2, 1.8, 9) * math.pi
+    radius = torch.cat([torch.ones(40), torch.full((9,), 0.55)])
+    arcs = torch.cat([ring, mouth])
+    arcs = radius[:, None] * torch.stack([arcs.cos(), arcs.sin()], 1)          # (49, 2)
+    means = torch.cat([arcs, torch.tensor([[-0.35, 0.3], [0.35, 0.3]])])
+    weights = torch.cat([torch.full((40,), 4 / 320), torch.full((9,), 2 / 72),
+                         torch.full((2,), 1 / 8)])
+    stds = torch.cat([torch.full((49,), 0.05), torch.full((2,), 0.08)])[:, None]
+    raw = GaussianMixture(weights, means, stds=stds)
+    scale = (raw.cov().trace() / raw.dim).sqrt()
+    return GaussianMixture(weights, (means - raw.mean()) / scale, stds=stds / scale)
 
 
 class OracleNet(nn.Module):

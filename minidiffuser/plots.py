@@ -14,6 +14,7 @@ from matplotlib.patches import FancyArrowPatch
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
     from .pipeline import UniDiffuser
 
@@ -48,6 +49,14 @@ def image_row(
             ax.set_title(textwrap.fill(titles[i], 22), fontsize=8)
     for ax in axes:
         ax.set_axis_off()
+
+
+def cloud(ax: Axes, points: "Tensor", title: str = "", colour: str = COLOURS["image"]) -> None:
+    """Points of the plane (N, 2), in a square frame from -2.5 to 2.5 without ticks."""
+    x, y = points.T.tolist()
+    ax.scatter(x, y, s=3, alpha=0.4, linewidths=0, color=colour)
+    ax.set(xlim=(-2.5, 2.5), ylim=(-2.5, 2.5), aspect="equal", xticks=[], yticks=[])
+    ax.set_title(title, fontsize=9)
 
 
 def task_figure(pipe: "UniDiffuser", prompts: Sequence[str], seed: int = 0, **how) -> Figure:

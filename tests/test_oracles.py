@@ -7,7 +7,7 @@ import torch
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from minidiffuser.config import Config, Part
-from minidiffuser.oracles import GaussianMixture, OracleNet
+from minidiffuser.oracles import GaussianMixture, OracleNet, smiley
 from minidiffuser.pipeline import UniDiffuser
 from minidiffuser.schedule import PREDICTIONS, NoiseSchedule, T
 from minidiffuser.tasks import roles_of
@@ -241,3 +241,24 @@ def test_the_pipeline_samples_from_it(mixture):
     assert (off.mean(0).abs() < 5 * off.std(0) / math.sqrt(n)).all()
     error = off.square().mean(0) - exact.cov().diagonal()
     assert (error.abs() < 5 * off.square().std(0) / math.sqrt(n)).all()
+
+
+# ---- the face ----------------------------------------------------------------------------------
+
+
+def test_the_face_is_standardised():
+    face = smiley()
+    torch.testing.assert_close(face.mean(), torch.zeros(2).double(), atol=1e-12, rtol=0)
+    assert float(face.cov().trace()) == pytest.approx(2)
+    assert (face.cov() - torch.eye(2)).abs().max() < 0.05  # nearly round, as its noise is
+
+
+def test_the_face_has_two_eyes_and_smiles():
+    face = smiley()
+    eyes = face.means[-2:]
+    assert eyes[0, 0] < 0 < eyes[1, 0] and (eyes[:, 1] > 0).all()
+    mouth = face.means[40:49]
+    assert (mouth[:, 1] < 0).all()
+    assert mouth[4, 1] < mouth[0, 1] and mouth[4, 1] < mouth[8, 1]  # its corners turn up
+    between = torch.stack([eyes.mean(0), torch.zeros(2)])
+    assert face.log_prob(eyes).min() > face.log_prob(between).max() + 5
