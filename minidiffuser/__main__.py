@@ -1,4 +1,4 @@
-"""The command line: ``python -m minidiffuser demo | train | sample | evaluate | info``."""
+"""The command line: ``python -m minidiffuser demo | train | sample | evaluate | ...``."""
 
 import json
 import logging
@@ -9,10 +9,11 @@ from typing import Annotated
 
 import typer
 
-from . import __version__
+from . import __version__, classroom
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Learn and train multi-modal diffusion.")
+app.add_typer(classroom.app, name="classroom")
 
 # Shown when something is written over by default.
 Out = Annotated[Path | None, typer.Option(help="Where to write; a name is made up by default.")]

@@ -1,4 +1,4 @@
-"""Every slider of every lesson, moved in JupyterLab in a real browser: what it stands for changes.
+"""Every slider and choice of every lesson, used in JupyterLab in a real browser: pictures change.
 
 Needs the extra `browser` (playwright) and an installed Chromium; skipped, with a message, without.
 """
@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 VIEW = "application/vnd.jupyter.widget-view+json"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 AREAS = ".jp-OutputArea-output:has(.jupyter-widgets)"  # outputs that show a living widget
-START, RUN = 60, 180  # seconds that the server, and a lesson, may take
+START, RUN = 60, 120  # seconds that the server, and a lesson, may take
 
 pytestmark = pytest.mark.slow
 
@@ -82,7 +83,7 @@ def server(browser, tmp_path_factory):
 
 def run_all(page, widgets: int) -> None:
     """Run every cell, and wait until its widgets are there and the kernel rests."""
-    resting = page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")
+    resting = page.get_by_text("| Idle")  # in the status bar; "Initializing" before
     resting.wait_for(timeout=START * 1000)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
@@ -91,24 +92,37 @@ def run_all(page, widgets: int) -> None:
     resting.wait_for(timeout=RUN * 1000)
 
 
+@contextmanager
+def changed(page, area):
+    """What is done inside must change a picture of the widget."""
+    pictures = "a => [...a.querySelectorAll('img')].map(i => i.src).join()"
+    area.locator("img").first.wait_for(timeout=20_000)
+    before = area.evaluate(pictures)
+    yield
+    page.wait_for_function(f"([a, before]) => ({pictures})(a) !== before",
+                           arg=[area.element_handle(), before], timeout=20_000)
+
+
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda p: p.stem)
-def test_sliders_change_what_they_stand_for(lesson, browser, server):
+def test_sliders_and_choices_change_what_is_shown(lesson, browser, server):
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
-    page.goto(f"{server}/lab/tree/{lesson.parent.name}/{lesson.name}", timeout=START * 1000)
+    # A workspace of its own, where no other lesson is open.
+    page.goto(f"{server}/lab/workspaces/{lesson.stem}/tree/{lesson.parent.name}/{lesson.name}",
+              timeout=START * 1000)
     page.locator(".jp-CodeCell").first.wait_for(timeout=START * 1000)
     run_all(page, widget_cells(lesson))
 
     moved = 0
     for area in page.locator(AREAS).all():
+        area.scroll_into_view_if_needed()
         for handle in area.locator(".noUi-handle").all():
-            area.scroll_into_view_if_needed()
-            shown = area.evaluate("a => [...a.querySelectorAll('img')].map(i => i.src).join()")
-            assert shown, "a slider with no picture"
-            handle.focus()
-            handle.press("ArrowRight")
-            page.wait_for_function(
-                """([a, shown]) => [...a.querySelectorAll('img')].map(i => i.src).join()
-                   !== shown""", arg=[area.element_handle(), shown], timeout=20_000)
+            with changed(page, area):
+                handle.focus()
+                handle.press("ArrowRight")
+            moved += 1
+        for choice in area.locator("select").all():
+            with changed(page, area):
+                choice.select_option(index=(choice.evaluate("c => c.selectedIndex") + 1) % 2)
             moved += 1
     assert moved
     page.close()

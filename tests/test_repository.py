@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "solvers": {"errors", "schedule"},
 }
 # Large, and needed by few: the package imports them only inside the functions that do.
-HEAVY = {"diffusers", "transformers"}
+HEAVY = {"diffusers", "nbgrader", "transformers"}
 
 
 # ---- dependencies ------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def conda_requirements() -> dict[str, SpecifierSet]:
 
 
 def test_conda_and_pip_install_the_same():
-    pip = pip_requirements(RUNTIME + EXTRAS["notebooks"] + EXTRAS["dev"])
+    pip = pip_requirements(RUNTIME + EXTRAS["notebooks"] + EXTRAS["classroom"] + EXTRAS["dev"])
     expected = {CONDA_NAMES.get(name, name): versions for name, versions in pip.items()}
     expected["python"] = SpecifierSet(PROJECT["requires-python"])
     found = conda_requirements()
@@ -348,6 +348,9 @@ def test_make_refuses_another_python(workshop):
             "notebooks/00_start_here/00_start_here.ipynb"),
     ("demo", "offline= -m minidiffuser demo"),
     ("lint", "offline= -m ruff check"),
+    ("assignments", "offline= -m minidiffuser classroom assignments"),
+    ("grade", "offline= -m minidiffuser classroom grade"),
+    ("notebooks", "offline=1 -m nbconvert --to notebook --execute --inplace"),
 ])
 def test_make_runs(workshop, target, expected):
     assert make(workshop, target, "ARGS=--more")[-1].startswith(expected)
