@@ -164,11 +164,11 @@ class Config:
     weighting: str = "clipped-v"     # eps | x0 | v | min-snr | clipped-v
     gamma: float = 2.5               # where min-snr and clipped-v stop growing
     square: float = 0.1              # shares of the timestep square: see objective.TimestepMix
-    given: float = 0.75
-    ignored: float = 0.1
-    diagonal: float = 0.05
+    given: float = 0.55
+    ignored: float = 0.15
+    diagonal: float = 0.2
     noise_bias: float = 2.0          # above 1: the last three are more often very noisy
-    favour_image: float = 0.65       # share of the image as the noisy one of given and ignored
+    favour_image: float = 0.6        # share of the image as the noisy one of given and ignored
     text_weight: float = 1.0         # factor of the text loss
     # ---- optimiser ----
     optimizer: str = "muon"          # muon (matrices of the blocks; adamw for the rest) | adamw
@@ -177,10 +177,10 @@ class Config:
     beta2: float = 0.99
     weight_decay: float = 0.01
     warmup: int = 100                # steps of linear warm-up
-    cooldown: float = 0.45           # last share of the steps, over which the rate falls to 0
+    cooldown: float = 0.22           # last share of the steps, over which the rate falls to 0
     clip: float = 1.0                # largest gradient norm; 0 for no clipping
     batch_size: int = 128            # over all processes
-    steps: int = 4_700
+    steps: int = 10_700
     ema: float = 0.999               # decay of the averaged weights
     precision: str = "bf16"          # bf16 | fp16 (GPU only) | no
     # ---- housekeeping ----

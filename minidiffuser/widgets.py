@@ -3,6 +3,8 @@
 What a widget does is a method that can be called without a browser; the layout only calls it.
 """
 
+import base64
+import html
 import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -22,13 +24,18 @@ def png(image: "Image.Image", side: int = 192) -> bytes:
     return buffer.getvalue()
 
 
+def picture(data: bytes, alt: str) -> str:
+    """PNG as HTML, with a description for those who cannot see it (``w.Image`` has none)."""
+    source = base64.b64encode(data).decode()
+    return f'<img src="data:image/png;base64,{source}" alt="{html.escape(alt)}">'
+
+
 class Flipbook(w.VBox):
     """A slider over pictures drawn beforehand, so that it answers at once.
 
     Args:
         pictures: PNG bytes, one for each stop. labels: what each stop is called.
-        description: what the slider changes. alt: what the pictures show, for a screen reader
-            (`w.Image` has no alternative text; its tooltip is read instead).
+        description: what the slider changes. alt: what the pictures show, for a screen reader.
 
     Raises:
         ValueError: no picture, or not one label for each.
@@ -40,12 +47,12 @@ class Flipbook(w.VBox):
         if not pictures or len(pictures) != len(labels):
             raise ValueError(f"a flipbook needs one label for each picture, got {len(pictures)} "
                              f"pictures and {len(labels)} labels")
-        self.pictures = list(pictures)
+        self.pictures = [picture(data, alt) for data in pictures]
         self.slider = w.SelectionSlider(
             options=[(label, i) for i, label in enumerate(labels)], description=description,
             style={"description_width": "initial"}, layout=w.Layout(width="480px"),
         )
-        self.picture = w.Image(value=self.pictures[0], format="png", tooltip=alt)
+        self.picture = w.HTML(self.pictures[0])
         self.slider.observe(self.turn, names="value")
         super().__init__([self.slider, self.picture])
 
@@ -68,13 +75,14 @@ class Playground(w.HBox):
         wide = w.Layout(width="300px")
         self.prompt = w.Text(value="red apple", description="caption", layout=wide,
                              continuous_update=False)
-        self.scale = w.FloatSlider(value=1, min=0, max=8, step=0.5, description="guidance",
-                                   layout=wide, continuous_update=False)
+        # Not a slider: a slider should answer at once, and drawing takes a moment.
+        self.scale = w.Dropdown(value=1, options=[0, 0.5, 1, 2, 4, 8], description="guidance",
+                                layout=wide)
         self.draw_button = w.Button(description="draw another", icon="refresh")
-        self.drawn = w.Image(format="png", width=192, height=192, tooltip="the image drawn")
+        self.drawn = w.HTML()
         self.message = w.HTML(layout=wide)
         self.choice = w.Dropdown(options=list(drawings), description="emoji", layout=wide)
-        self.shown = w.Image(format="png", width=192, height=192, tooltip="the emoji picked")
+        self.shown = w.HTML()
         self.caption = w.HTML(layout=wide)
 
         self.prompt.observe(lambda _: self.draw(), names="value")
@@ -95,9 +103,10 @@ class Playground(w.HBox):
             image = self.pipe.text_to_image(self.prompt.value, steps=self.steps, seed=self.seed,
                                             guidance_scale=self.scale.value)[0]
         except ValueError as error:
-            self.message.value = f"<span style='color:#D55E00'>{_escape(str(error))}</span>"
+            said = html.escape(str(error), quote=False)
+            self.message.value = f"<span style='color:#D55E00'>{said}</span>"
             return
-        self.drawn.value = png(image)
+        self.drawn.value = picture(png(image), f"what the model draws for: {self.prompt.value}")
         self.message.value = f"seed {self.seed}"
 
     def draw_another(self) -> None:
@@ -109,9 +118,5 @@ class Playground(w.HBox):
         """Show the emoji that was picked, and the model's caption of it beside its own."""
         image = self.drawings[self.choice.value]
         said = self.pipe.image_to_text(image, steps=self.steps)[0]
-        self.shown.value = png(image)
-        self.caption.value = f"the model says: <b>{_escape(said)}</b>"
-
-
-def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        self.shown.value = picture(png(image), self.choice.value)
+        self.caption.value = f"the model says: <b>{html.escape(said, quote=False)}</b>"
