@@ -27,7 +27,6 @@ import typer
 from tqdm import tqdm
 
 from .errors import choose, suggest
-from .grading import PRIVATE
 
 Cell = dict[str, Any]  # as in a notebook's JSON, with the source in one string
 MARKER = re.compile(r"\b(BEGIN|END) (SOLUTION|HIDDEN TEST)", re.IGNORECASE)
@@ -469,6 +468,8 @@ def _environment(root: Path) -> Any:
 
 def _try_private_checks() -> None:
     """A private module that cannot be imported would fail the whole class: look first."""
+    from .grading import PRIVATE  # here, because it imports torch, which takes seconds
+
     if name := os.environ.get(PRIVATE):
         done = subprocess.run([sys.executable, "-c", f"import {name}; {name}.check"],
                               capture_output=True, text=True)

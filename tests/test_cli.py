@@ -324,3 +324,8 @@ def test_in_a_process_of_its_own(model_folder, tmp_path):
     bad = run("text-to-image", "--prompt", "red aple")
     assert (bad.returncode, bad.stdout) == (1, "")
     assert re.fullmatch(r"error: .*'aple' \(nearest: .*'apple'.*\)\n", bad.stderr)
+
+
+def test_the_command_line_starts_without_loading_torch():
+    code = "import sys, minidiffuser.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
