@@ -6,12 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from support import TOY, random_net
 
-from minidiffuser.config import PRESETS
 from minidiffuser.pipeline import UniDiffuser, make_codecs, training_arrays
-from minidiffuser.uvit import UViT
-
-TOY = PRESETS["toy"]
 
 
 @pytest.fixture(scope="session")
@@ -23,20 +20,6 @@ def tables():
 @pytest.fixture(scope="session")
 def codecs(tables):
     return make_codecs(TOY, *tables["train"])
-
-
-def random_net(cfg, seed=0):
-    """A network whose output depends on all it is fed, as a trained one's does.
-
-    (As initialised for training it is almost blind: its matrices are near 0.)
-    """
-    net, generator = UViT(cfg.network()), torch.Generator().manual_seed(seed)
-    net.init_weights(generator)
-    with torch.no_grad():
-        for p in net.parameters():
-            if p.ndim > 1:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.25)
-    return net
 
 
 @pytest.fixture(scope="session")

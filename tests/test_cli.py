@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TOY
 from PIL import Image
+from support import TOY
 
 import minidiffuser
 from minidiffuser import UniDiffuser, checkpoints

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from conftest import TOY
 from PIL import Image
+from support import TOY
 
 from minidiffuser import metrics
 from minidiffuser.metrics import Gallery, evaluate, mean_interval, small, token_f1, wilson

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TOY, random_net
 from PIL import Image
 from safetensors.torch import load_file
+from support import TOY, random_net
 from torch import nn
 
 from minidiffuser import UniDiffuser, pipeline, solvers
