@@ -177,10 +177,10 @@ class Config:
     beta2: float = 0.99
     weight_decay: float = 0.01
     warmup: int = 100                # steps of linear warm-up
-    cooldown: float = 0.22           # last share of the steps, over which the rate falls to 0
+    cooldown: float = 0.15           # last share of the steps, over which the rate falls to 0
     clip: float = 1.0                # largest gradient norm; 0 for no clipping
     batch_size: int = 128            # over all processes
-    steps: int = 10_700
+    steps: int = 9_800
     ema: float = 0.999               # decay of the averaged weights
     precision: str = "bf16"          # bf16 | fp16 (GPU only) | no
     # ---- housekeeping ----

@@ -10,7 +10,7 @@ from .plots import task_figure
 PROMPTS = (
     "woman mechanic: dark skin tone",
     "man biking",
-    "waving hand: medium skin tone",
+    "person rowing boat: light skin tone",
     "red heart",
     "flag: Japan",
     "man health worker: medium-light skin tone",
