@@ -1,6 +1,6 @@
 """Widgets of the lessons: a playground, and a slider over figures that were drawn beforehand.
 
-What a widget does is a method that can be called without a browser; the layout only calls it.
+What the playground does is a method that can be called without a browser; the layout only calls it.
 """
 
 import base64
@@ -31,7 +31,8 @@ def picture(data: bytes, alt: str) -> str:
 
 
 class Flipbook(w.VBox):
-    """A slider over pictures drawn beforehand, so that it answers at once.
+    """A slider over pictures drawn beforehand.  It lives in the browser: it answers at once, while
+    the kernel is at work too.
 
     Args:
         pictures: PNG bytes, one for each stop. labels: what each stop is called.
@@ -47,18 +48,13 @@ class Flipbook(w.VBox):
         if not pictures or len(pictures) != len(labels):
             raise ValueError(f"a flipbook needs one label for each picture, got {len(pictures)} "
                              f"pictures and {len(labels)} labels")
-        self.pictures = [picture(data, alt) for data in pictures]
         self.slider = w.SelectionSlider(
             options=[(label, i) for i, label in enumerate(labels)], description=description,
             style={"description_width": "initial"}, layout=w.Layout(width="480px"),
         )
-        self.picture = w.HTML(self.pictures[0])
-        self.slider.observe(self.turn, names="value")
-        super().__init__([self.slider, self.picture])
-
-    def turn(self, change: dict) -> None:
-        """Show the picture of the slider's new stop."""
-        self.picture.value = self.pictures[change["new"]]
+        self.pages = w.Stack([w.HTML(picture(data, alt)) for data in pictures], selected_index=0)
+        self.link = w.jslink((self.slider, "index"), (self.pages, "selected_index"))
+        super().__init__([self.slider, self.pages])
 
 
 class Playground(w.HBox):

@@ -4,6 +4,7 @@ Needs the extra `browser` (playwright) and an installed Chromium; skipped, with 
 """
 
 import json
+import logging
 import os
 import shutil
 import socket
@@ -23,6 +24,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 AREAS = ".jp-OutputArea-output:has(.jupyter-widgets)"  # outputs that show a living widget
 START, RUN = 60, 120  # seconds that the server, and a lesson, may take
 
+log = logging.getLogger(__name__)
 pytestmark = pytest.mark.slow
 
 
@@ -87,20 +89,25 @@ def run_all(page, widgets: int) -> None:
     resting.wait_for(timeout=START * 1000)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    for running in ("some", "!some"):  # it has begun, and it has ended
+        test = running.replace("some", "[...document.querySelectorAll('.jp-InputPrompt')]"
+                               ".some(p => p.textContent.includes('*'))")
+        page.wait_for_function(f"() => {test}", timeout=RUN * 1000)
     page.wait_for_function("([a, n]) => document.querySelectorAll(a).length === n",
-                           arg=[AREAS, widgets], timeout=RUN * 1000)
-    resting.wait_for(timeout=RUN * 1000)
+                           arg=[AREAS, widgets], timeout=START * 1000)
 
 
 @contextmanager
 def changed(page, area):
-    """What is done inside must change a picture of the widget."""
+    """What is done inside must change a picture of the widget.  Yields a list, for the seconds."""
     pictures = "a => [...a.querySelectorAll('img')].map(i => i.src).join()"
     area.locator("img").first.wait_for(timeout=20_000)
     before = area.evaluate(pictures)
-    yield
+    seconds, start = [], time.perf_counter()
+    yield seconds
     page.wait_for_function(f"([a, before]) => ({pictures})(a) !== before",
-                           arg=[area.element_handle(), before], timeout=20_000)
+                           arg=[area.element_handle(), before], timeout=START * 1000)
+    seconds.append(time.perf_counter() - start)
 
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda p: p.stem)
@@ -112,17 +119,21 @@ def test_sliders_and_choices_change_what_is_shown(lesson, browser, server):
     page.locator(".jp-CodeCell").first.wait_for(timeout=START * 1000)
     run_all(page, widget_cells(lesson))
 
-    moved = 0
+    moved, answers = 0, []
     for area in page.locator(AREAS).all():
         area.scroll_into_view_if_needed()
         for handle in area.locator(".noUi-handle").all():
-            with changed(page, area):
-                handle.focus()
-                handle.press("ArrowRight")
+            for _ in range(3):
+                with changed(page, area) as seconds:
+                    handle.focus()
+                    handle.press("ArrowRight")
+                answers += seconds
             moved += 1
         for choice in area.locator("select").all():
             with changed(page, area):
                 choice.select_option(index=(choice.evaluate("c => c.selectedIndex") + 1) % 2)
             moved += 1
     assert moved
+    if answers:  # seen with --log-cli-level=INFO
+        log.info("%s: a slider takes at most %.0f ms to answer", lesson.stem, 1000 * max(answers))
     page.close()
