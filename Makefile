@@ -43,7 +43,8 @@ demo: $(READY)  ## Run all tasks of the shipped model; writes demo.png
 notebooks: export HF_HUB_OFFLINE = 1
 notebooks: $(READY)  ## Run every lesson again, and save it with what it shows
 	$(PY) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 \
-	  --ExecutePreprocessor.record_timing=False $(LESSONS) $(ARGS)
+	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False \
+	  $(LESSONS) $(ARGS)
 
 assignments: $(READY)  ## Write the student versions of the lessons into classroom/release
 	$(PY) -m minidiffuser classroom assignments $(ARGS)
