@@ -33,6 +33,7 @@ import numpy as np
 def order(steps, errors):
     return -np.polyfit(np.log(np.asarray(steps)), np.log(np.asarray(errors)), 1)[0]
 ''',
+        "in float32": {".double()": ""},
         "normal equations, base 2": '''
 def order(steps, errors):
     x, y = [torch.log2(torch.as_tensor(v, dtype=torch.float64)) for v in (steps, errors)]
