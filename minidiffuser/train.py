@@ -145,7 +145,9 @@ class Trainer:
             raise ValueError(f"batch_size={cfg.batch_size} does not divide over the {self.world} "
                              "processes")
         self.cfg, self.folder, self.progress = cfg, Path(folder), progress
-        checkpoints.prepare_folder(self.folder)
+        if self.accelerator.is_main_process:  # two at once would trip over each other's files
+            checkpoints.prepare_folder(self.folder)
+        self.accelerator.wait_for_everyone()
         self.schedule = NoiseSchedule(cfg.schedule)
         favour = {"image": cfg.favour_image, "text": 1 - cfg.favour_image}
         clocks = cfg.network().clocks
