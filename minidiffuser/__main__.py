@@ -10,10 +10,12 @@ from typing import Annotated
 import typer
 
 from . import __version__, classroom
+from .data import commands as data
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Learn and train multi-modal diffusion.")
 app.add_typer(classroom.app, name="classroom")
+app.add_typer(data.app, name="data")
 
 # Shown when something is written over by default.
 Out = Annotated[Path | None, typer.Option(help="Where to write; a name is made up by default.")]
@@ -104,7 +106,7 @@ def _numbered(path: Path, i: int, n: int) -> Path:
 
 
 def _save_image(picture, path: Path) -> None:
-    from .checkpoints import explained
+    from .errors import explained
 
     with explained(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)

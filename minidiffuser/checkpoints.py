@@ -7,22 +7,20 @@ A folder without a readable ``info.json``, or whose files differ from it, is ref
 and the one before it is used.
 """
 
-import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from .errors import explained
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +28,12 @@ log = logging.getLogger(__name__)
 # square it trains, but not what is trained.
 FREE = {"steps", "cooldown", "log_every", "save_every", "sample_every", "keep",
         "square", "given", "ignored", "diagonal", "noise_bias", "favour_image"}
+
+
+def shipped_folders() -> list[Path]:
+    """Where models are looked for by name: beside the package, and inside it when installed."""
+    here = Path(__file__).resolve().parent
+    return [here.parent / "data" / "checkpoints", here / "_data" / "checkpoints"]
 
 
 @dataclass
@@ -155,28 +159,6 @@ def fingerprint(path: Path) -> dict[str, Any]:
         while block := file.read(2**20):
             digest.update(block)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-@contextmanager
-def explained(folder: Path) -> Iterator[None]:
-    """Turn a failure to write into a ValueError that says where, why and what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        text, number = str(error), getattr(error, "errno", None)
-        # safetensors and torch.save report the system's failures as errors of their own.
-        own = isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in text
-        if not own:
-            raise
-        full = number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-        if full or any(f"os error {n}" in text for n in (errno.ENOSPC, errno.EFBIG)):
-            why = "there is no space left; free some, or choose another folder"
-        elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
-            why = "it is read-only for you; choose another folder"
-        else:
-            why = text
-        raise ValueError(f"cannot write to {folder}: {why}. What was saved before is "
-                         "untouched") from error
 
 
 def _flush_to_disk(path: Path) -> None:

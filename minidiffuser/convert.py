@@ -20,9 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .checkpoints import explained
 from .config import UViTConfig, preset
-from .errors import suggest
+from .errors import explained, suggest
 from .uvit import UViT
 
 DIALECTS = ("official", "diffusers", "ours")

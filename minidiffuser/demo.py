@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from .checkpoints import explained
+from .errors import explained
 from .pipeline import UniDiffuser
 from .plots import task_figure
 

@@ -1,8 +1,13 @@
-"""Messages for people: an unknown name is answered with the names nearest to it."""
+"""Messages for people: what was wrong, where, and what to do; the nearest known names, say."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+import errno
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
+
+from safetensors import SafetensorError
 
 V = TypeVar("V")
 
@@ -22,3 +27,25 @@ def choose(what: str, name: str, table: Mapping[str, V]) -> V:
     if name not in table:
         raise ValueError(f"unknown {what} {name!r}.{suggest(name, table)}")
     return table[name]
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Turn a failure to write into a ValueError that says where, why and what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        text, number = str(error), getattr(error, "errno", None)
+        # safetensors and torch.save report the system's failures as errors of their own.
+        own = isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in text
+        if not own:
+            raise
+        full = number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+        if full or any(f"os error {n}" in text for n in (errno.ENOSPC, errno.EFBIG)):
+            why = "there is no space left; free some, or choose another folder"
+        elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            why = "it is read-only for you; choose another folder"
+        else:
+            why = text
+        raise ValueError(f"cannot write to {folder}: {why}. What was saved before is "
+                         "untouched") from error

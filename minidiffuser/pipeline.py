@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from . import checkpoints, solvers
 from .codecs import PCACodec, PixelCodec, WordCodec
-from .codecs.pixels import ImageLike, to_uint8
 from .config import Config
-from .errors import choose, suggest
+from .errors import choose, explained, suggest
+from .images import ImageLike, to_uint8
 from .schedule import NoiseSchedule
 from .tasks import NoisePredictor, Roles, make_roles
 from .uvit import UViT
@@ -66,12 +66,6 @@ def make_codecs(cfg: Config, images: np.ndarray, captions: Sequence[str]) -> Cod
     image = PCACodec.fit(images, cfg.pca_dim) if pca else PixelCodec.fit(images)
     text = WordCodec.fit(captions, cfg.caption_length, cfg.caption_dim, cfg.caption_codes, cfg.seed)
     return {"image": image, "text": text}
-
-
-def checkpoint_folders() -> list[Path]:
-    """Where models are looked for by name: beside the package, and inside it when installed."""
-    here = Path(__file__).resolve().parent
-    return [here.parent / "data" / "checkpoints", here / "_data" / "checkpoints"]
 
 
 # ---- the pipeline ------------------------------------------------------------------------------
@@ -314,7 +308,7 @@ class UniDiffuser:
         """Write config.json, model.safetensors (in ``dtype``) and codecs.safetensors."""
         folder = Path(folder)
         draft = folder / ".writing"
-        with checkpoints.explained(folder):
+        with explained(folder):
             draft.mkdir(parents=True, exist_ok=True)
             states = {name: codec.state() for name, codec in self.codecs.items()}
             kinds = {n: {"kind": self.codecs[n].kind, **s} for n, (s, _) in states.items()}
@@ -373,11 +367,12 @@ def _stored_codecs(configs: dict[str, Any], tensors: dict[str, Tensor]) -> Codec
 
 def find_model(name: str | os.PathLike) -> Path:
     """The folder of a model. Raises ValueError for one that is not there."""
-    places = [Path(name), Path(name) / "model", *(f / str(name) for f in checkpoint_folders())]
+    shipped = [folder / str(name) for folder in checkpoints.shipped_folders()]
+    places = [Path(name), Path(name) / "model", *shipped]
     for folder in places:
         if (folder / "config.json").is_file():
             return folder
-    known = [p.parent.name for f in checkpoint_folders() for p in f.glob("*/config.json")]
+    known = [p.parent.name for f in checkpoints.shipped_folders() for p in f.glob("*/config.json")]
     raise ValueError(f"there is no model {str(name)!r}: neither a shipped one nor a folder with "
                      f"config.json.{suggest(str(name), known)}")
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from minidiffuser.codecs import PCACodec, PixelCodec, WordCodec, load_image
 from minidiffuser.codecs.captions import END
-from minidiffuser.codecs.pixels import fit_square, to_uint8
+from minidiffuser.images import fit_square, to_uint8
 
 
 def restored(codec):

@@ -35,7 +35,8 @@ def words(caption):
 
 def test_columns_are_documented_and_typed(tables):
     for table in tables.values():
-        assert set(table.column_names) == {*LAION_COLUMNS, *EXTRA_COLUMNS}
+        assert set(table.column_names) == {*LAION_COLUMNS, "image", "captions"}
+        assert {"image", "captions"} <= set(EXTRA_COLUMNS)
         assert set(table["LANGUAGE"]) == {"en"} and set(table["similarity"]) == {None}
         assert set(table["WIDTH"]) == set(table["HEIGHT"]) == {64}
         assert len(set(table["URL"])) == len(table)

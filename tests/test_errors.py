@@ -20,7 +20,7 @@ from minidiffuser import UniDiffuser, checkpoints, pipeline
 from minidiffuser.codecs import load_image
 from minidiffuser.config import PRESETS, preset
 from minidiffuser.data import load_table
-from minidiffuser.errors import choose, suggest
+from minidiffuser.errors import choose, explained, suggest
 from minidiffuser.tasks import Role, roles_of
 
 PROMPT = "red apple"
@@ -65,7 +65,7 @@ def test_unknown_names(pipe):
 
 
 def test_an_unknown_checkpoint(model_folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(pipeline, "checkpoint_folders", lambda: [model_folder.parent])
+    monkeypatch.setattr(checkpoints, "shipped_folders", lambda: [model_folder.parent])
     fails(lambda: UniDiffuser.from_pretrained("tooy"), "no model 'tooy'", "Did you mean 'toy'")
     fails(lambda: UniDiffuser.from_pretrained(tmp_path), str(tmp_path), "config.json")
 
@@ -366,7 +366,7 @@ def test_a_run_that_cannot_be_written_says_so_before_it_begins(tmp_path, monkeyp
 
 
 def test_other_failures_are_not_dressed_up(tmp_path):
-    with pytest.raises(ZeroDivisionError), checkpoints.explained(tmp_path):
+    with pytest.raises(ZeroDivisionError), explained(tmp_path):
         _ = 1 / 0
-    with pytest.raises(RuntimeError, match="shapes"), checkpoints.explained(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes"), explained(tmp_path):
         raise RuntimeError("shapes differ")

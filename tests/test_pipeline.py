@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from support import TOY, random_net
 from torch import nn
 
-from minidiffuser import UniDiffuser, pipeline, solvers
+from minidiffuser import UniDiffuser, checkpoints, pipeline, solvers
 from minidiffuser.codecs import PCACodec
 from minidiffuser.pipeline import find_model, make_codecs, slerp
 from minidiffuser.schedule import NoiseSchedule
@@ -405,7 +405,7 @@ def test_models_are_found_by_name_folder_and_training_run(model_folder, monkeypa
     assert find_model(model_folder) == find_model(str(model_folder)) == model_folder
     (tmp_path / "model").symlink_to(model_folder)
     assert find_model(tmp_path) == tmp_path / "model"
-    monkeypatch.setattr(pipeline, "checkpoint_folders", lambda: [model_folder.parent])
+    monkeypatch.setattr(checkpoints, "shipped_folders", lambda: [model_folder.parent])
     assert find_model("toy") == model_folder
     with pytest.raises(ValueError, match="no model 'tyo'.* Did you mean 'toy'"):
         find_model("tyo")

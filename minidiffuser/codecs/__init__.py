@@ -9,7 +9,8 @@ autoencoder at 64 x 64, and pixels are what the image scores are measured in.  C
 and nothing has to be trained first.  ``benchmarks/recipes.md`` measures both against alternatives.
 """
 
+from ..images import load_image
 from .captions import WordCodec
-from .pixels import PCACodec, PixelCodec, load_image
+from .pixels import PCACodec, PixelCodec
 
 __all__ = ["PCACodec", "PixelCodec", "WordCodec", "load_image"]

@@ -5,16 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import suggest
+from ..errors import explained, suggest
 
 if TYPE_CHECKING:
     import datasets
 
 LAION_COLUMNS = {
-    "URL": "where the image came from; for emoji, 'emoji:' and its code points",
+    "URL": "where the image came from; 'emoji:' and code points, 'openclipart:' and a path",
     "TEXT": "the caption",
     "WIDTH": "pixels", "HEIGHT": "pixels",
-    "LANGUAGE": "ISO 639-1 code of TEXT",
+    "LANGUAGE": "ISO 639-1 code of TEXT, or 'nolang' where none is certain",
     "similarity": "cosine of the CLIP embeddings of image and text; null where nobody measured it",
     "pwatermark": "probability of a watermark, 0 to 1",
     "punsafe": "probability that the image is unsafe, 0 to 1",
@@ -23,6 +23,9 @@ LAION_COLUMNS = {
 EXTRA_COLUMNS = {
     "image": "encoded bytes and a file name, as `datasets.Image` reads them",
     "captions": "the same caption by language: en, zh, ar, de, es, fr, hi, ja (emoji only)",
+    "description": "what else the uploader wrote (clipart only)",
+    "keywords": "the uploader's keywords, a list (clipart only)",
+    "author": "who drew it (clipart only)",
 }
 
 
@@ -47,6 +50,39 @@ def find_table(name: str | os.PathLike, split: str) -> Path:
             raise ValueError(f"{folder} has no split {split!r}.{suggest(split, splits)}")
     raise ValueError(f"there is no table {str(name)!r}: neither a shipped one nor a folder with "
                      f"{split}.parquet.{suggest(str(name), shipped_tables())}")
+
+
+def table_folder(name: str | os.PathLike) -> Path:
+    """The folder of a table, by name or path. Raises ValueError where it has no parquet file."""
+    for folder in (Path(name), *(d / str(name) for d in shipped_folders())):
+        if any(folder.glob("*.parquet")):
+            return folder
+    raise ValueError(f"there is no table {str(name)!r}: neither a shipped one nor a folder with "
+                     f"parquet files.{suggest(str(name), shipped_tables())}")
+
+
+def save_table(table: "datasets.Dataset", folder: str | os.PathLike, split: str) -> Path:
+    """Write ``split.parquet``, whole or not at all; one that is there already is replaced.
+
+    Raises:
+        ValueError: the folder cannot be written; what was there is untouched.
+    """
+    import datasets
+
+    folder = Path(folder)
+    bars = datasets.utils.are_progress_bars_disabled()
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        draft = folder / f".{split}.writing"
+        datasets.disable_progress_bars()
+        try:
+            table.to_parquet(draft)
+            draft.replace(folder / f"{split}.parquet")
+        finally:
+            draft.unlink(missing_ok=True)
+            if not bars:
+                datasets.enable_progress_bars()
+    return folder / f"{split}.parquet"
 
 
 def load_table(
