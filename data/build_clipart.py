@@ -2,7 +2,7 @@
 
     apt-get download openclipart-png openclipart-svg
     for f in openclipart-*.deb; do dpkg -x $f clipart-source; done
-    pip install lingua-language-detector
+    pip install -e '.[build-data]'
     python data/build_clipart.py --source clipart-source
     python -m minidiffuser data score clipart          # fills the column similarity
 
@@ -104,7 +104,7 @@ def language_detector():
     try:
         from lingua import Language, LanguageDetectorBuilder
     except ImportError:
-        raise SystemExit("pip install lingua-language-detector") from None
+        raise SystemExit("pip install 'minidiffuser[build-data]'") from None
     spoken = [getattr(Language, name) for name in SPOKEN]
     detector = LanguageDetectorBuilder.from_languages(*spoken).build()
 

@@ -69,8 +69,8 @@ def test_the_size_on_the_web_comes_before_that_of_the_resized_file():
 
 def test_a_missing_column_is_named_before_anything_is_read():
     table = table_of(TEXT=["a"], link=["b"])
-    with pytest.raises(ValueError, match=r"'aesthetic' reads the column 'aesthetic'.*aesthetic_score"
-                                         r".*it has: TEXT, link.*--without aesthetic"):
+    with pytest.raises(ValueError, match=r"'aesthetic' reads the column 'aesthetic'.*_score.*"
+                                         r"it has: TEXT, link.*--without aesthetic"):
         apply(table, [filters.caption_words(), filters.aesthetic(5)])
 
 

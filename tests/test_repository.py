@@ -32,11 +32,13 @@ EXTRAS = PROJECT["optional-dependencies"]
 OPTIONAL = [line for extra in EXTRAS.values() for line in extra]
 
 CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}  # the others are the same
-IMPORT_NAMES = {"ipython": "IPython", "pillow": "PIL", "pyyaml": "yaml"}
+IMPORT_NAMES = {"ipython": "IPython", "pillow": "PIL", "pyyaml": "yaml",
+                "lingua-language-detector": "lingua", "open_clip_torch": "open_clip"}
 
 # Who may import whom inside the package; modules that are not listed sit on top, and may any.
 MAY_IMPORT = {
     "errors": set(),
+    "images": set(),
     "config": {"errors"},
     "schedule": {"errors"},
     "uvit": {"config", "errors"},
@@ -45,7 +47,7 @@ MAY_IMPORT = {
     "solvers": {"errors", "schedule"},
 }
 # Large, and needed by few: the package imports them only inside the functions that do.
-HEAVY = {"diffusers", "nbgrader", "transformers"}
+HEAVY = {"diffusers", "img2dataset", "nbgrader", "open_clip", "transformers"}
 
 
 # ---- dependencies ------------------------------------------------------------------------------
@@ -63,13 +65,17 @@ def conda_requirements() -> dict[str, SpecifierSet]:
 
 
 def test_conda_and_pip_install_the_same():
-    pip = pip_requirements(RUNTIME + EXTRAS["notebooks"] + EXTRAS["classroom"] + EXTRAS["dev"])
+    extras = ("notebooks", "classroom", "clip", "dev")
+    pip = pip_requirements(RUNTIME + [line for extra in extras for line in EXTRAS[extra]])
     expected = {CONDA_NAMES.get(name, name): versions for name, versions in pip.items()}
     expected["python"] = SpecifierSet(PROJECT["requires-python"])
     found = conda_requirements()
     assert "pip" in found  # conda asks for it by name when a file has a pip section
     del found["pip"]
     assert found == expected
+    # What conda-forge lacks comes with the package itself.
+    lines = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert lines[-1] == {"pip": ["-e .[fetch]"]}
 
 
 def test_constraints_pin_every_direct_dependency_within_its_range():
@@ -151,6 +157,8 @@ module = "minidiffuser"
 package = importlib.import_module(module)
 for found in pkgutil.walk_packages(package.__path__, "minidiffuser."):
     module = found.name
+    if module == "minidiffuser.data.download":
+        continue  # the process behind `data fetch`: it extends img2dataset, and nobody imports it
     importlib.import_module(module)
     if heavy := set(sys.argv[1:]) & sys.modules.keys():
         sys.exit(f"{module} imported {heavy}")
@@ -212,7 +220,7 @@ def test_wheel_carries_the_shipped_data(tmp_path):
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     ours = [p for p in PACKAGE.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     expected = {f"minidiffuser/{path.relative_to(PACKAGE)}" for path in ours}
-    for shipped in ("emoji", "checkpoints"):
+    for shipped in ("clipart", "emoji", "checkpoints"):
         files = [path for path in (ROOT / "data" / shipped).rglob("*") if path.is_file()]
         assert files, f"data/{shipped} is empty"
         expected |= {f"minidiffuser/_data/{path.relative_to(ROOT / 'data')}" for path in files}

@@ -74,3 +74,36 @@ def info(table: Table, split: Split = "train") -> None:
                    f"{f'{nulls:,} null' if nulls else ''}".rstrip())
 
 
+@app.command("fetch")
+def fetch_images(
+    source: Annotated[str, typer.Argument(
+        help="A parquet file in LAION's schema, a folder of them, or a dataset of the hub.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; run again to continue.")],
+    limit: Annotated[int | None, typer.Option(help="Rows to ask for; all by default.")] = None,
+    subset: Annotated[str, typer.Option(help="A subset of LAION-5B: its filters.")] = "all",
+    without: Annotated[list[str] | None, typer.Option(
+        help="A filter to leave out; punsafe is on unless named here.")] = None,
+    allow_host: Annotated[list[str] | None, typer.Option(
+        help="A host that may have a private address; can be repeated.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Requests per second at most.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds of silence that end a download.")] = 10,
+    deadline: Annotated[float, typer.Option(help="Seconds that a download may take.")] = 30,
+    max_bytes: Annotated[int, typer.Option(help="Largest file.")] = 20_000_000,
+    image_size: Annotated[int, typer.Option(help="Length of the shorter side.")] = 256,
+    shard_rows: Annotated[int, typer.Option(help="Rows of a shard.")] = 1000,
+    processes: Annotated[int, typer.Option(help="Processes.")] = 1,
+    threads: Annotated[int, typer.Option(help="Downloads at once in each.")] = 32,
+    retries: Annotated[int, typer.Option(help="Further tries of what failed.")] = 0,
+    distributor: Annotated[str, typer.Option(
+        help="multiprocessing, pyspark or ray.")] = "multiprocessing",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Download the images of a table of URLs, safely, and say what failed and why."""
+    from .fetch import fetch
+
+    report = fetch(
+        source, out, limit=limit, subset=subset, without=without or (),
+        allow_hosts=allow_host or (), rate=rate, timeout=timeout, deadline=deadline,
+        max_bytes=max_bytes, image_size=image_size, shard_rows=shard_rows, processes=processes,
+        threads=threads, retries=retries, distributor=distributor, progress=True)
+    typer.echo(json.dumps(report.to_dict(), indent=1) if as_json else str(report))

@@ -91,7 +91,8 @@ def load_table(
     """A table by name or folder; works offline.
 
     Args:
-        name: ``"emoji"``, or a folder that holds ``train.parquet`` and the like.
+        name: ``"emoji"``, ``"clipart"``, a folder that holds ``train.parquet`` and the like, or one
+            that `data fetch` has written (all of which is ``train``).
         columns: which to read, all by default; ``row["image"]`` comes as a PIL image.
 
     Raises:
@@ -101,6 +102,11 @@ def load_table(
     import pyarrow
     from pyarrow import parquet
 
+    if (Path(name) / "fetch.json").is_file() and split == "train":
+        from .fetch import read_shards
+
+        table = read_shards(name)
+        return table.select_columns(list(columns)) if columns else table
     path = find_table(name, split)
     try:
         present = parquet.read_schema(path).names
