@@ -39,10 +39,11 @@ def train(
     cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")] = False,
 ) -> None:
     """Train a preset; any setting can follow as --key value. Run again to continue."""
+    from .config import overrides
     from .config import preset as find
     from .train import Trainer
 
-    cfg = find(preset).replace(**_overrides(context.args))
+    cfg = find(preset).replace(**overrides(context.args))
     folder = out or Path("runs") / preset
     logging.getLogger("minidiffuser").setLevel(logging.INFO)
     trainer = Trainer(cfg, folder, cpu=cpu, progress=True)
@@ -51,17 +52,6 @@ def train(
     for _ in trainer:
         pass
     typer.echo(f"model: {folder / 'model'}")
-
-
-def _overrides(words: list[str]) -> dict[str, str]:
-    """['--dim', '256', '--lr=1e-3'] -> {'dim': '256', 'lr': '1e-3'}."""
-    found, words = {}, list(words)
-    while words:
-        key, equals, value = words.pop(0).partition("=")
-        if not key.startswith("--") or not (equals or words):
-            raise ValueError(f"settings are given as --key value, got {key!r}")
-        found[key[2:].replace("-", "_")] = value if equals else words.pop(0)
-    return found
 
 
 @app.command()

@@ -154,11 +154,11 @@ class TinyCLIP(nn.Module):
         return self.encode_ids(self.tokenize(texts))
 
     def save(self, folder: str | Path) -> None:
-        """Write config.json (the tokenizer included) and model.safetensors, in float16."""
+        """Write clip.json (the tokenizer included) and model.safetensors, in float16."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {"config": asdict(self.cfg), "tokenizer": json.loads(self.tokenizer.to_str())}
-        (folder / "config.json").write_text(json.dumps(config, ensure_ascii=False))
+        (folder / "clip.json").write_text(json.dumps(config, ensure_ascii=False))
         save_file({k: v.half().contiguous() for k, v in self.state_dict().items()},
                   folder / "model.safetensors")
 
@@ -167,7 +167,7 @@ class TinyCLIP(nn.Module):
         """Read what :meth:`save` wrote. Raises ValueError where it is missing or damaged."""
         folder = Path(folder)
         try:
-            stored = json.loads((folder / "config.json").read_text())
+            stored = json.loads((folder / "clip.json").read_text())
             cfg = stored["config"]
             model = cls(ClipConfig(**{**cfg, "widths": tuple(cfg["widths"])}),
                         Tokenizer.from_str(json.dumps(stored["tokenizer"])))
@@ -312,8 +312,7 @@ def load_scorer(name: str | os.PathLike = "tiny") -> Scorer:
     """
     name = str(name)
     for folder in (Path(name), *(d / "clip" for d in shipped_folders() if name == "tiny")):
-        config = folder / "config.json"
-        if config.is_file() and "tokenizer" in json.loads(config.read_text()):
+        if (folder / "clip.json").is_file():
             return TinyCLIP.load(folder)
     if name == "tiny":
         raise ValueError("the tiny CLIP is not here: python data/train_clip.py makes it")

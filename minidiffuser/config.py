@@ -141,7 +141,7 @@ class Config:
     """
 
     # ---- data and codecs ----
-    data: str = "emoji"              # a shipped table or a folder with train.parquet
+    data: str = "emoji"              # a shipped table, or a folder of a table or features
     image_codec: str = "pixels"      # pixels | pca | sd-vae+clip
     image_size: int = 64             # side of the images, in pixels
     pca_dim: int = 64                # numbers kept per 8 x 8 patch by the codec "pca"
@@ -302,3 +302,14 @@ PRESETS: dict[str, Config] = {
 def preset(name: str) -> Config:
     """A row of ``PRESETS``. Raises ValueError, with the nearest names, for an unknown one."""
     return choose("preset", name, PRESETS)
+
+
+def overrides(words: list[str]) -> dict[str, str]:
+    """Settings on a command line: ['--dim', '256', '--lr=1e-3'] -> {'dim': '256', 'lr': '1e-3'}."""
+    found, words = {}, list(words)
+    while words:
+        key, equals, value = words.pop(0).partition("=")
+        if not key.startswith("--") or not (equals or words):
+            raise ValueError(f"settings are given as --key value, got {key!r}")
+        found[key[2:].replace("-", "_")] = value if equals else words.pop(0)
+    return found

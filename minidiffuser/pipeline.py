@@ -45,10 +45,15 @@ Latents = dict[str, Tensor]  # part name -> (B, *shape)
 
 
 def training_arrays(cfg: Config, split: str = "train") -> tuple[np.ndarray, list[str]]:
-    """Images (N, size, size, 3) uint8 and captions (N) of a configuration's table."""
-    from .data import load_table
+    """Images (N, size, size, 3) uint8 and captions (N) of a configuration's table.
 
-    table = load_table(cfg.data, split, columns=["image", "TEXT"])
+    Features have no images: they are those of the table that the features were made from.
+    """
+    from .data import load_table
+    from .data.features import is_features, read_index
+
+    name = read_index(cfg.data)["source"] if is_features(cfg.data) else cfg.data
+    table = load_table(name, split, columns=["image", "TEXT"])
     return to_uint8([row["image"] for row in table], cfg.image_size), list(table["TEXT"])
 
 
@@ -310,11 +315,8 @@ class UniDiffuser:
         draft = folder / ".writing"
         with explained(folder):
             draft.mkdir(parents=True, exist_ok=True)
-            states = {name: codec.state() for name, codec in self.codecs.items()}
-            kinds = {n: {"kind": self.codecs[n].kind, **s} for n, (s, _) in states.items()}
+            kinds, codecs = codec_states(self.codecs)
             config = {"config": self.cfg.to_dict(), "codecs": kinds}
-            codecs = {f"{n}.{k}": v.contiguous() for n, (_, s) in states.items()
-                      for k, v in s.items()}
             weights = {k: v.to(dtype).contiguous() for k, v in self.net.state_dict().items()}
             try:
                 save_file(weights, draft / "model.safetensors")
@@ -341,7 +343,7 @@ class UniDiffuser:
             cfg = Config().replace(**stored["config"])
             net = UViT(cfg.network())
             net.load_state_dict({k: v.float() for k, v in weights.items()})
-            codecs = _stored_codecs(stored["codecs"], tensors)
+            codecs = stored_codecs(stored["codecs"], tensors)
             for p in net.cfg.parts:
                 if codecs[p.name].shape != p.shape:
                     raise ValueError(f"the codec of {p.name!r} makes {codecs[p.name].shape}, the "
@@ -354,10 +356,19 @@ class UniDiffuser:
         return cls(cfg, net, codecs, device)
 
 
-def _stored_codecs(configs: dict[str, Any], tensors: dict[str, Tensor]) -> Codecs:
-    """Codecs by part, from what :meth:`UniDiffuser.save_pretrained` wrote."""
+def codec_states(codecs: Codecs) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What is stored of codecs: JSON values by part, and tensors as ``part.name``."""
+    states = {name: codec.state() for name, codec in codecs.items()}
+    kinds = {name: {"kind": codecs[name].kind, **values} for name, (values, _) in states.items()}
+    return kinds, {f"{name}.{k}": v.contiguous() for name, (_, own) in states.items()
+                   for k, v in own.items()}
+
+
+def stored_codecs(configs: dict[str, Any], tensors: dict[str, Tensor]) -> Codecs:
+    """Codecs by part: the inverse of :func:`codec_states`."""
     codecs = {}
-    for part, config in configs.items():
+    for part, stored in configs.items():
+        config = dict(stored)
         kind = choose("codec", config.pop("kind"), CODECS)
         own = {k.removeprefix(f"{part}."): v for k, v in tensors.items()
                if k.startswith(f"{part}.")}

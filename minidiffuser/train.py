@@ -22,8 +22,9 @@ from tqdm.auto import tqdm
 
 from . import checkpoints
 from .config import Config
+from .data.stream import open_source
 from .objective import Loss, TimestepMix, joint_loss
-from .pipeline import UniDiffuser, make_codecs, training_arrays
+from .pipeline import UniDiffuser
 from .schedule import NoiseSchedule, T
 from .uvit import UViT
 
@@ -65,30 +66,6 @@ class EMA:
             kept = p.detach().clone()
             p.copy_(average)
             average.copy_(kept)
-
-
-class Order:
-    """Which rows each batch holds: a new permutation every epoch, known from the seed alone.
-
-    So the data position of a run is one number, its step, and a process of several takes its share
-    of each batch without asking the others.
-    """
-
-    def __init__(self, rows: int, batch: int, seed: int):
-        self.rows, self.batch, self.seed = rows, batch, seed
-        self._epoch, self._permutation = -1, torch.empty(0)
-
-    def __call__(self, step: int, rank: int = 0, world: int = 1) -> Tensor:
-        """Row numbers of a process's share of batch ``step`` (counted from 0)."""
-        places = torch.arange(step * self.batch, (step + 1) * self.batch)[rank::world]
-        return torch.stack([self._row(int(i)) for i in places])
-
-    def _row(self, place: int) -> Tensor:
-        epoch, i = divmod(place, self.rows)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._permutation = epoch, torch.randperm(self.rows, generator=generator)
-        return self._permutation[i]
 
 
 def rate_factor(step: int, cfg: Config) -> float:
@@ -153,10 +130,8 @@ class Trainer:
         clocks = cfg.network().clocks
         self.mix = TimestepMix(cfg.square, cfg.given, cfg.ignored, cfg.diagonal, cfg.noise_bias,
                                favour=tuple(favour[c] for c in clocks))
-        self.images, self.captions = training_arrays(cfg)
-        self.codecs = make_codecs(cfg, self.images, self.captions)
-        self.ids = self.codecs["text"].encode_ids(self.captions)
-        self.order = Order(len(self.ids), cfg.batch_size, cfg.seed)
+        self.source = open_source(cfg)
+        self.codecs = self.source.codecs
         self._build_model()
         self.step = 0
         self._restore()
@@ -219,11 +194,8 @@ class Trainer:
         return Step(self.step, loss.total.item(), cfg.lr * factor, loss)
 
     def _batch(self) -> dict[str, Tensor]:
-        rows = self.order(self.step, self.rank, self.world)
-        device = self.accelerator.device
-        pixels = torch.from_numpy(self.images[rows.numpy()])
-        return {"image": self.codecs["image"].encode_pixels(pixels).to(device),
-                "text": self.codecs["text"].codes[self.ids[rows]].to(device)}
+        z = self.source.batch(self.step, self.rank, self.world)
+        return {name: part.to(self.accelerator.device) for name, part in z.items()}
 
     # ---- what it writes ---------------------------------------------------------------------
 
@@ -253,8 +225,7 @@ class Trainer:
         if pipe:
             path = self.folder / "samples" / f"step_{self.step:07d}.png"
             path.parent.mkdir(exist_ok=True)
-            prompts = self.captions[:: max(1, len(self.captions) // 6)][:6]
-            task_figure(pipe, prompts, steps=12).savefig(path, dpi=80)
+            task_figure(pipe, self.source.prompts(6), steps=12).savefig(path, dpi=80)
 
     def _write_log(self, record: dict, step: Step) -> None:
         if self.accelerator.is_main_process:

@@ -17,7 +17,7 @@ from support import TOY
 
 import minidiffuser
 from minidiffuser import UniDiffuser, checkpoints
-from minidiffuser.__main__ import _overrides
+from minidiffuser.config import overrides
 from minidiffuser.demo import PROMPTS
 
 FAST = ["--steps", "3"]
@@ -203,9 +203,9 @@ def test_bad_settings_are_answered_in_one_line(cli, tmp_path, words, parts):
 
 
 def test_both_spellings_of_a_setting():
-    assert _overrides(["--dim", "256", "--lr=1e-3", "--batch-size", "8", "--data=a=b"]) == {
+    assert overrides(["--dim", "256", "--lr=1e-3", "--batch-size", "8", "--data=a=b"]) == {
         "dim": "256", "lr": "1e-3", "batch_size": "8", "data": "a=b"}
-    assert _overrides([]) == {}
+    assert overrides([]) == {}
 
 
 def test_a_run_with_nowhere_to_go(cli, tmp_path):

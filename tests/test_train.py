@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from minidiffuser import checkpoints
 from minidiffuser.config import PRESETS
-from minidiffuser.train import EMA, Meter, Order, Trainer, make_optimizers, rate_factor
+from minidiffuser.data.stream import Order
+from minidiffuser.train import EMA, Meter, Trainer, make_optimizers, rate_factor
 from minidiffuser.uvit import UViT
 
 TOY = PRESETS["toy"].replace(steps=30, save_every=10, sample_every=1000, log_every=5)

@@ -34,6 +34,14 @@ def _tokenizer(vocabulary: dict[str, int]) -> Tokenizer:
     return tokenizer
 
 
+def words_of(caption: str) -> list[str]:
+    """A caption's words and punctuation marks, in order."""
+    return [word for word, _ in _SPLITTER.pre_tokenize_str(caption)]
+
+
+_SPLITTER = _tokenizer({END: 0}).pre_tokenizer
+
+
 class WordCodec:
     """Captions <-> (B, length, dim) codes.
 
@@ -65,8 +73,7 @@ class WordCodec:
         Raises:
             ValueError: a caption of more than ``length`` tokens, or kind of codes that is unknown.
         """
-        splitter = _tokenizer({END: 0}).pre_tokenizer
-        split = [[w for w, _ in splitter.pre_tokenize_str(c)] for c in captions]
+        split = [words_of(caption) for caption in captions]
         longest = max(split, key=len, default=[])
         if len(longest) > length:
             raise ValueError(f"caption_length={length} is too short: {' '.join(longest)!r} has "
@@ -106,7 +113,7 @@ class WordCodec:
 
     def split(self, caption: str) -> list[str]:
         """A caption's words and marks, known or not."""
-        return [w for w, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(caption)]
+        return words_of(caption)
 
     def _known_words(self, caption: str) -> list[str]:
         """The caption's tokens, in the vocabulary's own case."""

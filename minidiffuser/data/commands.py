@@ -107,3 +107,29 @@ def fetch_images(
         max_bytes=max_bytes, image_size=image_size, shard_rows=shard_rows, processes=processes,
         threads=threads, retries=retries, distributor=distributor, progress=True)
     typer.echo(json.dumps(report.to_dict(), indent=1) if as_json else str(report))
+
+
+@app.command("encode", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def encode_table(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(help="A table, or a folder of `data fetch`.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; run again to continue.")],
+    preset: Annotated[str, typer.Option(help="Whose codecs; settings can follow as --key value.")
+                      ] = "emoji",
+    model: Annotated[str | None, typer.Option(help="Use the codecs of this model.")] = None,
+    shard_rows: Annotated[int, typer.Option(help="Rows of a shard.")] = 1000,
+) -> None:
+    """Turn images and captions into latents on disk, for `train PRESET --data OUT`.
+
+    Several processes divide the work: accelerate launch -m minidiffuser data encode ...
+    """
+    from ..config import overrides
+    from ..config import preset as find
+    from ..pipeline import UniDiffuser
+    from .features import encode
+
+    cfg, codecs = find(preset).replace(**overrides(context.args)), None
+    if model:
+        pipe = UniDiffuser.from_pretrained(model)
+        cfg, codecs = pipe.cfg, pipe.codecs
+    typer.echo(encode(source, out, cfg, codecs=codecs, shard_rows=shard_rows, progress=True))

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from . import filters
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow as pa
 
 log = logging.getLogger(__name__)
 
@@ -334,37 +335,32 @@ def read_shards(folder: str | os.PathLike) -> "datasets.Dataset":
     import datasets
     import pyarrow as pa
 
-    parts = list(shard_tables(folder))
+    if not (Path(folder) / "fetch.json").is_file():
+        raise ValueError(f"{folder} holds no fetch: `python -m minidiffuser data fetch SOURCE "
+                         f"--out {folder}` makes one")
+    parts = [shard_table(folder, name) for name in finished(Path(folder))]
     if not sum(len(p) for p in parts):
         raise ValueError(f"{folder} holds no image: {folder}/report.json says why")
     table = datasets.Dataset(pa.concat_tables(parts, promote_options="default"))
     return table.cast_column("image", datasets.Image())
 
 
-def shard_tables(folder: str | os.PathLike) -> Iterator[Any]:
-    """The same, one Arrow table per shard: what is larger than memory is read this way."""
+def shard_table(folder: str | os.PathLike, name: str) -> "pa.Table":
+    """The same of one shard: what is larger than memory is read one by one."""
     import pyarrow as pa
     import pyarrow.compute as pc
     from pyarrow import parquet
 
-    folder = Path(folder)
-    if not (folder / "fetch.json").is_file():
-        raise ValueError(f"{folder} holds no fetch: `python -m minidiffuser data fetch SOURCE "
-                         f"--out {folder}` makes one")
-    for name in finished(folder):
-        file = folder / "shards" / f"{name}.parquet"
-        try:
-            table = parquet.read_table(file)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"the shard {file} is damaged ({error}): run the same fetch again"
-                             ) from None
-        table = table.filter(pc.equal(table["status"], "success")).sort_by("row")
-        image = pa.StructArray.from_arrays(
-            [table["jpg"].combine_chunks(), pa.array([f"{k}.jpg" for k in table["key"].to_pylist()],
-                                                     pa.string())], ["bytes", "path"])
-        columns = {"URL": table["url"], "TEXT": table["caption"],
-                   "WIDTH": table["original_width"], "HEIGHT": table["original_height"]}
-        extra = {c: table[c] for c in table.column_names if c not in TAKEN and c not in columns}
-        yield pa.table({**columns, **extra, "sha256": table["sha256"], "image": image})
-
-
+    file = Path(folder) / "shards" / f"{name}.parquet"
+    try:
+        table = parquet.read_table(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the shard {file} is damaged ({error}): run the same fetch again"
+                         ) from None
+    table = table.filter(pc.equal(table["status"], "success")).sort_by("row")
+    names = pa.array([f"{key}.jpg" for key in table["key"].to_pylist()], pa.string())
+    image = pa.StructArray.from_arrays([table["jpg"].combine_chunks(), names], ["bytes", "path"])
+    columns = {"URL": table["url"], "TEXT": table["caption"],
+               "WIDTH": table["original_width"], "HEIGHT": table["original_height"]}
+    extra = {c: table[c] for c in table.column_names if c not in TAKEN and c not in columns}
+    return pa.table({**columns, **extra, "sha256": table["sha256"], "image": image})
