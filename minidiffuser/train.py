@@ -177,9 +177,10 @@ class Trainer:
         groups = [g for opt in self.optimizers for g in opt.param_groups]
         for group, rate in zip(groups, self.rates, strict=True):
             group["lr"] = rate * factor
+        batch = self._batch()
         with self.accelerator.autocast():
             loss = joint_loss(
-                self.net, self.schedule, self._batch(), parts=self.parts, clocks=self.clocks,
+                self.net, self.schedule, batch, parts=self.parts, clocks=self.clocks,
                 generator=self.generator, prediction=cfg.prediction, weighting=cfg.weighting,
                 gamma=cfg.gamma, mix=self.mix, part_weights={"text": cfg.text_weight},
             )

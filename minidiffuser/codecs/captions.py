@@ -115,6 +115,14 @@ class WordCodec:
         """A caption's words and marks, known or not."""
         return words_of(caption)
 
+    def refuses(self, caption: str) -> str | None:
+        """Why a caption cannot be encoded, in two or three words; None where it can."""
+        split = self.split(caption)
+        if len(split) > self.length:
+            return "caption too long"
+        known = all(w in self._known or w.casefold() in self._folded for w in split)
+        return None if known else "unknown words"
+
     def _known_words(self, caption: str) -> list[str]:
         """The caption's tokens, in the vocabulary's own case."""
         if not isinstance(caption, str):

@@ -214,22 +214,19 @@ def encode_rows(
         return {}, reasons
     batches = range(0, len(images), BATCH)
     z = torch.cat([codecs["image"].encode(images[i : i + BATCH]).half() for i in batches])
+    z = z.contiguous()
     text = codecs["text"]
     if hasattr(text, "encode_ids"):  # exact, and smaller by far than the codes they stand for
         return {"image": z, "text_ids": text.encode_ids(captions).int()}, reasons
     latents = [text.encode(captions[i : i + BATCH]).half() for i in batches]
-    return {"image": z, "text": torch.cat(latents)}, reasons
+    return {"image": z, "text": torch.cat(latents).contiguous()}, reasons
 
 
 def why_not(codec: Any, caption: str | None) -> str | None:
-    """Why a codec cannot take a caption; None where it can."""
+    """Why a caption cannot be encoded, in few words; None where it can."""
     if not (caption or "").split():
         return "no caption"
-    try:
-        codec.encode([caption])
-        return None
-    except ValueError as error:
-        return "caption too long" if "tokens" in str(error) else "unknown words"
+    return codec.refuses(caption) if hasattr(codec, "refuses") else None
 
 
 def read_shard_record(out: Path, number: int) -> dict[str, Any] | None:

@@ -1,0 +1,292 @@
+"""Features: the same bytes however often stopped and however many took part; read as a stream."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from support import TOY
+from test_train import assert_same, run, weights
+
+from minidiffuser.data import features, load_table, save_table
+from minidiffuser.data.features import encode, read_index
+from minidiffuser.data.stream import FeatureSource, ShardOrder, TableSource, open_source
+from minidiffuser.pipeline import UniDiffuser, training_arrays
+from minidiffuser.train import Trainer
+
+ROWS = 230
+CFG = TOY.replace(steps=12, save_every=4, sample_every=100, precision="no", log_every=4)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """230 rows of emoji, of which 5 cannot be used: a torn image, two without caption, ..."""
+    folder = tmp_path_factory.mktemp("table")
+    some = load_table("emoji").select(range(ROWS))
+    rows = some.cast_column("image", datasets.Image(decode=False)).to_list()
+    rows[3]["image"]["bytes"] = rows[3]["image"]["bytes"][:200]
+    rows[100]["image"] = None
+    rows[120]["TEXT"], rows[121]["TEXT"] = "", None
+    rows[229]["TEXT"] = " ".join(["word"] * 40)
+    features_of = load_table("emoji").features
+    save_table(datasets.Dataset.from_list(rows, features=features_of), folder, "train")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoded(table, tmp_path_factory):
+    """The table as features, in shards of 32 rows, and the report."""
+    out = tmp_path_factory.mktemp("features") / "out"
+    return out, encode(table, out, CFG, shard_rows=32)
+
+
+def fingerprints(folder):
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())
+            if not f.name.startswith(".")}
+
+
+# ---- what is written -----------------------------------------------------------------------------
+
+
+def test_every_row_is_written_or_counted(encoded):
+    _, report = encoded
+    assert (report.read, report.written, report.shards) == (ROWS, ROWS - 5, 8)
+    assert report.reasons == {"not a readable image": 2, "no caption": 2, "caption too long": 1}
+    assert "2 no caption" in str(report)
+
+
+def test_latents_are_the_codecs(encoded, table):
+    """Every row of every shard, against the table encoded here."""
+    out, _ = encoded
+    source = FeatureSource(CFG.replace(data=str(out)))
+    rows = [row for i, row in enumerate(load_table(table).cast_column(
+        "image", datasets.Image(decode=False))) if i not in (3, 100, 120, 121, 229)]
+    z = source.codecs["image"].encode([features.filters.open_image(r["image"]) for r in rows])
+    ids = source.codecs["text"].encode_ids([r["TEXT"] for r in rows])
+    places = [(s, r) for s, size in enumerate(source.sizes) for r in range(size)]
+    assert len(places) == len(rows)
+    for i, place in enumerate(places):
+        row = source.row(*place)
+        assert torch.equal(row["image"], z[i].half()) and torch.equal(row["text_ids"], ids[i].int())
+
+
+def test_a_second_run_writes_nothing(encoded, table):
+    out, report = encoded
+    before = {f: f.stat().st_mtime_ns for f in out.glob("shard_*")}
+    assert encode(table, out, CFG, shard_rows=32) == report
+    assert {f: f.stat().st_mtime_ns for f in out.glob("shard_*")} == before
+
+
+def test_a_shard_that_is_not_whole_is_written_again(encoded, table, tmp_path):
+    import shutil
+
+    out = shutil.copytree(encoded[0], tmp_path / "out")
+    shard = out / "shard_00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-7])
+    (out / "shard_00004.json").write_text('{"rows": ')
+    (out / "index.json").unlink()
+    encode(table, out, CFG, shard_rows=32)
+    assert fingerprints(out) == fingerprints(encoded[0])
+
+
+SCRIPT = """
+import sys
+from minidiffuser.config import PRESETS
+from minidiffuser.data.features import encode
+encode(sys.argv[1], sys.argv[2], PRESETS["toy"], shard_rows=int(sys.argv[3]))
+"""
+
+
+@pytest.mark.slow
+def test_killed_half_way_and_resumed_the_bytes_are_the_same(tmp_path):
+    whole = tmp_path / "whole"
+    encode("emoji", whole, TOY, shard_rows=40)
+    out = tmp_path / "killed"
+    run = subprocess.Popen([sys.executable, "-c", SCRIPT, "emoji", str(out), "40"],
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+    waiting = time.monotonic() + 60
+    while len(list(out.glob("shard_*.json"))) < 5 and time.monotonic() < waiting:
+        time.sleep(0.01)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    assert not (out / "index.json").exists(), "it was not killed half-way"
+    with pytest.raises(ValueError, match="not complete: run the same `data encode` again"):
+        FeatureSource(TOY.replace(data=str(out)))
+    encode("emoji", out, TOY, shard_rows=40)
+    assert fingerprints(out) == fingerprints(whole)
+
+
+@pytest.mark.slow
+def test_two_workers_write_the_same_bytes_as_one(encoded, table, tmp_path):
+    script = tmp_path / "encode.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+               "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", str(script), str(table),
+               str(tmp_path / "two"), "32"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert fingerprints(tmp_path / "two") == fingerprints(encoded[0])
+
+
+def test_a_models_own_codecs_can_be_used(pipe, tmp_path):
+    report = encode("emoji", tmp_path / "out", pipe.cfg, codecs=pipe.codecs, shard_rows=2000)
+    kept = features.load_codecs(tmp_path / "out")
+    assert torch.equal(kept["text"].codes, pipe.codecs["text"].codes)
+    assert report.written == report.read == 3447
+
+
+def test_words_a_given_codec_does_not_know_are_counted(pipe, tmp_path):
+    report = encode("clipart", tmp_path / "out", pipe.cfg, codecs=pipe.codecs, shard_rows=4000)
+    assert report.reasons["unknown words"] > 1000
+    assert report.read == report.written + report.reasons.total()
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+def test_other_features_do_not_go_into_the_same_folder(encoded, table):
+    with pytest.raises(ValueError, match="holds other features.*'image_size': 16"):
+        encode(table, encoded[0], CFG.replace(image_size=32), shard_rows=32)
+
+
+def test_features_of_other_settings_are_refused_by_training(encoded, tmp_path):
+    cfg = CFG.replace(data=str(encoded[0]), image_size=32)
+    with pytest.raises(ValueError, match=r"do not fit this run \(image_size is 16 there"):
+        Trainer(cfg, tmp_path / "run", cpu=True)
+
+
+def test_a_damaged_shard_is_named(encoded, tmp_path):
+    import shutil
+
+    out = shutil.copytree(encoded[0], tmp_path / "out")
+    (out / "shard_00000.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="shard_00000.safetensors is damaged or missing"):
+        FeatureSource(CFG.replace(data=str(out))).row(0, 0)
+
+
+def test_a_table_without_a_usable_row_is_refused(tmp_path):
+    none = load_table("emoji").select([0]).map(lambda row: {"TEXT": ""})
+    save_table(none, tmp_path / "t", "train")
+    with pytest.raises(ValueError, match="no row has an image that can be read and a caption"):
+        encode(tmp_path / "t", tmp_path / "out", CFG)
+
+
+# ---- the order of a stream -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("sizes", [[5, 7, 3, 9, 1, 0, 6], [40], [3] * 30])
+def test_each_epoch_has_every_row_once_over_all_processes(sizes, world):
+    order = ShardOrder(sizes, batch=4, seed=1, window=3)
+    rows = {(s, r) for s, size in enumerate(sizes) for r in range(size)}
+    epochs = 3
+    seen = [place for step in range(epochs * len(rows) // 4 + 1) for rank in range(world)
+            for place in sorted(enumerate(order(step, rank, world)))]
+    count = Counter(place for _, place in seen)
+    assert set(count) == rows
+    assert set(count.values()) <= {epochs, epochs + 1}
+
+
+def test_processes_share_out_the_batch_of_one():
+    alone = ShardOrder([5, 7, 3, 9], 4, 1, window=2)
+    for step in range(30):
+        shares = [ShardOrder([5, 7, 3, 9], 4, 1, window=2)(step, rank, 2) for rank in range(2)]
+        assert alone(step)[0::2] == shares[0] and alone(step)[1::2] == shares[1]
+
+
+def test_the_position_is_the_step_and_epochs_differ():
+    order = ShardOrder([20, 20, 20], 10, 0, window=2)
+    through = [order(step) for step in range(12)]
+    assert [ShardOrder([20, 20, 20], 10, 0, window=2)(step) for step in (11, 3, 7)] == [
+        through[11], through[3], through[7]]
+    assert through[:6] != through[6:]
+    assert through[0] != ShardOrder([20, 20, 20], 10, 1, window=2)(0)
+
+
+def test_rows_are_mixed_within_a_window_and_not_beyond():
+    order = ShardOrder([10] * 12, batch=30, seed=0, window=3)
+    windows = [{shard for shard, _ in order(step)} for step in range(4)]
+    assert all(len(shards) == 3 for shards in windows)
+    assert set.union(*windows) == set(range(12))
+    first = [shard for shard, _ in order(0)]
+    assert len(set(first[:10])) > 1  # not shard by shard
+
+
+def test_no_more_shards_are_open_than_a_window_holds(encoded):
+    source = FeatureSource(CFG.replace(data=str(encoded[0])), window=2)
+    for step in range(30):
+        source.batch(step)
+        assert len(source.open) <= 2
+    assert len(source.sizes) == 8
+
+
+def test_a_process_reads_its_own_rows_only(encoded, monkeypatch):
+    source = FeatureSource(CFG.replace(data=str(encoded[0])))
+    read, real = [], source.row
+    monkeypatch.setattr(source, "row", lambda *where: read.append(where) or real(*where))
+    source.batch(0, rank=1, world=4)
+    assert len(read) == CFG.batch_size // 4
+
+
+# ---- training on it ------------------------------------------------------------------------------
+
+
+def test_a_batch_of_features_is_the_batch_of_the_table(encoded, table):
+    """The same rows give the same latents, but for float16."""
+    stream = FeatureSource(CFG.replace(data=str(encoded[0])))
+    batch = stream.batch(0)
+    assert batch["image"].dtype == torch.float32 and batch["image"].shape == (16, 3, 16, 16)
+    text = stream.codecs["text"]
+    captions = text.decode(batch["text"])
+    own = {row["TEXT"]: row["image"] for row in load_table("emoji").select(range(ROWS))}
+    z = stream.codecs["image"].encode([own[c] for c in captions])
+    np.testing.assert_allclose(batch["image"], z, atol=2e-3)
+
+
+def test_a_run_stopped_at_any_step_ends_with_the_same_weights(encoded, tmp_path):
+    cfg = CFG.replace(data=str(encoded[0]))
+    run(cfg, tmp_path / "whole")
+    for step in Trainer(cfg, tmp_path / "cut", cpu=True):
+        if step.index == 6:  # two steps after a checkpoint: they are taken again
+            break
+    trainer = Trainer(cfg, tmp_path / "cut", cpu=True)
+    assert trainer.step == 4
+    for _ in trainer:
+        pass
+    for name in ("model", "ema"):
+        assert_same(weights(tmp_path / "whole", name), weights(tmp_path / "cut", name))
+    assert UniDiffuser.from_pretrained(tmp_path / "cut").text_to_image(
+        trainer.source.prompts(1)[0], steps=2)
+
+
+def test_data_names_a_table_or_features(encoded, table):
+    assert isinstance(open_source(CFG.replace(data=str(encoded[0]))), FeatureSource)
+    assert isinstance(open_source(CFG), TableSource)
+
+
+def test_scores_of_a_model_of_features_use_the_table_they_came_from(tmp_path):
+    encode("emoji", tmp_path / "out", CFG, shard_rows=2000)
+    images, captions = training_arrays(CFG.replace(data=str(tmp_path / "out")), "test")
+    assert len(images) == len(captions) == 188
+    assert read_index(tmp_path / "out")["source"] == "emoji"
+
+
+def test_the_command_encodes_and_trains(cli, table, tmp_path):
+    ran = cli("data", "encode", table, "--out", tmp_path / "f", "--preset", "toy",
+              "--image-size", "16", "--shard-rows", "100")
+    assert ran.code == 0, ran.err
+    assert "225 written to 3 shards" in ran.out
+    ran = cli("train", "toy", "--data", tmp_path / "f", "--out", tmp_path / "run", "--steps", "3",
+              "--cpu")
+    assert ran.code == 0, ran.err
+    log = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert log["step"] == 3
