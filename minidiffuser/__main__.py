@@ -22,6 +22,7 @@ Out = Annotated[Path | None, typer.Option(help="Where to write; a name is made u
 Model = Annotated[str, typer.Option(help="A shipped model, or a folder.")]
 Steps = Annotated[int, typer.Option(help="Solver steps.")]
 Scale = Annotated[float, typer.Option(help="s of (1 + s) cond - s uncond; 0 for none.")]
+Spacing = Annotated[str, typer.Option(help="The solver's times are even in: time or logsnr.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 Number = Annotated[int, typer.Option("--n", help="How many samples.")]
 
@@ -113,6 +114,7 @@ def evaluate(
     n: Annotated[int, typer.Option("--n", help="Rows of each split.")] = 188,
     steps: Steps = 25,
     guidance_scale: Scale = 1.0,
+    spacing: Spacing = "time",
     seed: Seed = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -121,7 +123,8 @@ def evaluate(
     from .pipeline import UniDiffuser
 
     pipe = UniDiffuser.from_pretrained(model)
-    result = score(pipe, n=n, seed=seed, steps=steps, guidance_scale=guidance_scale)
+    result = score(pipe, n=n, seed=seed, steps=steps, guidance_scale=guidance_scale,
+                   spacing=spacing)
     if as_json:
         typer.echo(json.dumps(result, indent=1))
         return

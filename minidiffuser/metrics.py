@@ -73,12 +73,14 @@ class Gallery:
 
 
 def evaluate(
-    pipe: UniDiffuser, n: int = 188, seed: int = 0, steps: int = 25, guidance_scale: float = 1.0
+    pipe: UniDiffuser, n: int = 188, seed: int = 0, steps: int = 25, guidance_scale: float = 1.0,
+    spacing: str = "time",
 ) -> dict:
     """Score a model on ``n`` captions of the held-out split, and on as many of train.
 
     Args:
         n: rows of each split, evenly spaced through it (all of it where it has fewer); at least 2.
+        spacing: of the solver's times; see ``UniDiffuser.sample_latents``.
 
     Returns:
         ``{"test": {score: {"value", "interval", "n"}}, "train": ..., "joint_top1": ...,
@@ -89,7 +91,7 @@ def evaluate(
     tables = {split: training_arrays(pipe.cfg, split) for split in ("train", "test")}
     gallery = Gallery(np.concatenate([t[0] for t in tables.values()]),
                       [c for t in tables.values() for c in t[1]])
-    how = {"steps": steps, "guidance_scale": guidance_scale, "seed": seed}
+    how = {"steps": steps, "guidance_scale": guidance_scale, "seed": seed, "spacing": spacing}
     scores = {split: _score_split(pipe, gallery, *tables[split], n, how)
               for split in ("test", "train")}
     images, captions = _in_batches(pipe, ("image", "text"), {}, n, how)

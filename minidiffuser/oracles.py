@@ -57,6 +57,7 @@ class GaussianMixture:
         stds: Numbers | float | None = None,
         covs: Numbers | None = None,
     ):
+        self._unlikely: Tensor | None = None  # the log-likelihood of strangers, once asked for
         if (stds is None) == (covs is None):
             raise ValueError("give either stds or covs")
         weights, means = _wide(weights), _wide(means)
@@ -102,6 +103,16 @@ class GaussianMixture:
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x): (*, d) -> (*)."""
         return self._log_joint_and_pull(x)[0].logsumexp(-1)
+
+    def strangers(self, x: Tensor) -> float:
+        """The share of points x (N, d) that are less likely than 99% of the data.
+
+        For the mixture's own samples it is 0.01, within chance.
+        """
+        if self._unlikely is None:
+            own = self.sample(50_000, torch.Generator().manual_seed(3))
+            self._unlikely = self.log_prob(own).quantile(0.01)
+        return (self.log_prob(x) < self._unlikely).double().mean().item()
 
     def responsibilities(self, x: Tensor) -> Tensor:
         """p(component k | x): (*, d) -> (*, K)."""

@@ -12,6 +12,7 @@ sec. 4.2 and 4.3).
 """
 
 import json
+import logging
 import os
 import shutil
 import textwrap
@@ -27,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from . import checkpoints, solvers
+from . import checkpoints, seeds, solvers
 from .codecs import PCACodec, PixelCodec, WordCodec
 from .config import Config
 from .errors import choose, explained, suggest
@@ -35,6 +36,8 @@ from .images import ImageLike, to_uint8
 from .schedule import NoiseSchedule
 from .tasks import NoisePredictor, Roles, make_roles
 from .uvit import UViT
+
+log = logging.getLogger(__name__)
 
 CODECS = {codec.kind: codec for codec in (PixelCodec, PCACodec, WordCodec)}
 Codecs = dict[str, Any]      # part name -> codec
@@ -47,13 +50,19 @@ Latents = dict[str, Tensor]  # part name -> (B, *shape)
 def training_arrays(cfg: Config, split: str = "train") -> tuple[np.ndarray, list[str]]:
     """Images (N, size, size, 3) uint8 and captions (N) of a configuration's table.
 
-    Features have no images: they are those of the table that the features were made from.
+    The configuration's filters clean the split ``train``, and no other.  Features have no images:
+    they are those of the table that the features were made from.
     """
-    from .data import load_table
+    from .data import filters, load_table
     from .data.features import is_features, read_index
 
     name = read_index(cfg.data)["source"] if is_features(cfg.data) else cfg.data
-    table = load_table(name, split, columns=["image", "TEXT"])
+    if cfg.filters and split == "train":
+        table, report = filters.apply(load_table(name), filters.parse_all(cfg.filters))
+        log.info("%s", report)
+        table = table.select_columns(["image", "TEXT"])
+    else:
+        table = load_table(name, split, columns=["image", "TEXT"])
     return to_uint8([row["image"] for row in table], cfg.image_size), list(table["TEXT"])
 
 
@@ -135,7 +144,7 @@ class UniDiffuser:
 
         Args:
             sampled: modalities to sample. given: modality -> data, one for all n samples or a list
-                of n.  how: ``steps, guidance_scale, seed, solver, eta, redraw``; see
+                of n.  how: ``steps, guidance_scale, seed, solver, eta, spacing, redraw``; see
                 :meth:`sample_latents`.
 
         Returns:
@@ -163,6 +172,7 @@ class UniDiffuser:
         seed: int | None = 0,
         solver: str = "dpm++2m",
         eta: float = 0.0,
+        spacing: str = "time",
         redraw: bool = True,
         noise: Latents | None = None,
     ) -> Latents:
@@ -171,6 +181,8 @@ class UniDiffuser:
         Args:
             noise: where to start, part -> (n, *shape); drawn from N(0, I) by default.
             seed: None for a different result each time.
+            spacing: of the solver's times, ``"time"`` (even in t, as the official sampler) or
+                ``"logsnr"``; see ``solvers.time_grid``.
             redraw: fresh noise for ignored modalities at each call; see ``tasks.NoisePredictor``.
         """
         _check_count("n", n)
@@ -178,7 +190,7 @@ class UniDiffuser:
         if not 0 <= eta <= 1 or (eta and solver != "ddim"):
             raise ValueError(f"eta must lie in [0, 1] and be 0 unless solver='ddim', got eta={eta} "
                              f"with {solver!r}")
-        generator = _generator(seed)
+        generator = seeds.generator(seed)
         predict = NoisePredictor(
             self.net, self.parts, self.schedule, roles, given, guidance_scale,
             prediction=self.cfg.prediction, generator=generator, redraw=redraw,
@@ -194,7 +206,7 @@ class UniDiffuser:
         run = choose("solver", solver, solvers.SOLVERS)
         # The singlestep solver stops at t = 1, as the official sampler does.
         end = 1.0 if solver == "dpm++fast" else 0.0
-        times = solvers.time_grid(self.schedule, steps, end=end)
+        times = solvers.time_grid(self.schedule, steps, spacing, end=end)
         options = {"ddim": {"eta": eta, "generator": generator}, "ddpm": {"generator": generator}}
         states = run(predict, state, self.schedule, times, **options.get(solver, {}))
         return predict.unpack(solvers.last(states))
@@ -214,7 +226,7 @@ class UniDiffuser:
         other = self._other(name)
         x = self.encode({name: data}, n)
         for i, target in enumerate((other, name)):
-            x = self._condition(target, x, n, seed=_nth(seed, i), **how)
+            x = self._condition(target, x, n, seed=seeds.nth(seed, i), **how)
         return self.decode(x)[name]
 
     def gibbs(
@@ -238,8 +250,8 @@ class UniDiffuser:
             x = self.encode({"image": start}, n)
         chain = []
         for i in range(rounds):
-            text = self._condition("text", x, n, seed=_nth(seed, 2 * i + 1), **how)
-            x = self._condition("image", text, n, seed=_nth(seed, 2 * i + 2), **how)
+            text = self._condition("text", x, n, seed=seeds.nth(seed, 2 * i + 1), **how)
+            x = self._condition("image", text, n, seed=seeds.nth(seed, 2 * i + 2), **how)
             made = self.decode({**x, **text})
             chain.append(list(zip(made["image"], made["text"], strict=True)))
         return chain
@@ -397,26 +409,6 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
     return (torch.sin((1 - weight) * angle) * a + torch.sin(weight * angle) * b) / torch.sin(angle)
 
 
-def _generator(seed: int | None) -> torch.Generator:
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(_checked_seed(seed))
-    return generator
-
-
-def _checked_seed(seed: int) -> int:
-    if not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed must be None or an integer of 64 bits, got {seed!r}")
-    return int(seed)
-
-
 def _check_count(name: str, value: int, least: int = 1) -> None:
     if not isinstance(value, Integral) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {name}={value!r}")
-
-
-def _nth(seed: int | None, i: int) -> int | None:
-    """A seed of its own for the i-th draw of a chain."""
-    return None if seed is None else (_checked_seed(seed) * 1_000 + i) % 2**63

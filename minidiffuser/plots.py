@@ -58,6 +58,21 @@ def image_row(
         ax.set_axis_off()
 
 
+def contact_sheet(
+    images: Sequence["Image.Image | None"], columns: int = 16, side: int = 40, gap: int = 2
+) -> "Image.Image":
+    """Many small images on one, row by row; a grey square stands for one that is missing."""
+    from PIL import Image
+
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (side + gap) + gap), "#cccccc")
+    for i, image in enumerate(images):
+        place = (gap + i % columns * (side + gap), gap + i // columns * (side + gap))
+        small = Image.new("RGB", (1, 1), "#999999") if image is None else image.convert("RGB")
+        sheet.paste(small.resize((side, side), Image.Resampling.LANCZOS), place)
+    return sheet
+
+
 def cloud(ax: Axes, points: "Tensor", title: str = "", colour: str = COLOURS["image"]) -> None:
     """Points of the plane (N, 2), in a square frame from -2.5 to 2.5 without ticks."""
     x, y = points.T.tolist()

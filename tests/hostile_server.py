@@ -175,6 +175,35 @@ CASES = {
 }
 
 
+SCRIPTS = ["ein Äpfel & Öl", "красное яблоко", "红苹果", "لا تفاحة حمراء", "लाल सेब", "赤いりんご",
+           "빨간 사과", "תפוח אדום", "κόκκινο μήλο", "แอปเปิ้ล", "🍎 emoji",
+           "quote\"s, comma\nnewline", "a" * 3000]
+# Rows that are refused without asking any server.
+UNASKED = {"file:///etc/passwd": "scheme file", "ftp://127.0.0.1/a.png": "scheme ftp",
+           "data:image/png;base64,iVBORw0KGgo=": "scheme data", "javascript:alert(1)":
+           "scheme javascript", "": "scheme missing", "no url at all": "scheme missing",
+           "http://": "bad url", "http://a:99999/b.png": "bad url"}
+PRIVATE = ["http://127.0.0.2/a", "http://localhost/a", "http://10.1.2.3/a", "http://192.168.0.1/a",
+           "http://172.16.9.9/a", "http://169.254.169.254/latest/meta-data", "http://[::1]/a",
+           "http://[::ffff:127.0.0.1]/a", "http://100.64.0.1/a", "http://0.0.0.0/a",
+           "http://[64:ff9b::7f00:1]/a", "http://224.0.0.1/a", "http://2130706433/a"]
+SLOW = {case for case, (_, why) in CASES.items() if why in ("timed out", "too slow")}
+
+
+def crawl_rows(url, plain=2100):
+    """URLs of every case and of ``plain`` more of the quick ones; captions; what a fetch must say.
+
+    The last is the reason that a row fails for, or None for an image.
+    """
+    quick = itertools.cycle(case for case in CASES if case not in SLOW and case != "endless")
+    cases = [*CASES, *SLOW, *(next(quick) for _ in range(plain))]
+    urls = [f"{url}/{case}/{i}?größe=ü {SCRIPTS[i % 5]}" for i, case in enumerate(cases)]
+    reasons = [CASES[case][1] for case in cases]
+    urls += [*UNASKED, *PRIVATE]
+    reasons += [*UNASKED.values(), *["private address"] * len(PRIVATE)]
+    return urls, [SCRIPTS[i % len(SCRIPTS)] for i in range(len(urls))], reasons
+
+
 class Handler(BaseHTTPRequestHandler):
     """Looks up the first part of the path in CASES."""
 

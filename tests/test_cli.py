@@ -233,7 +233,8 @@ def test_evaluate_as_json(cli, model_folder):
     assert ran.code == 0
     result = json.loads(ran.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert set(result) == {"test", "train", "joint_top1", "settings"}
-    assert result["settings"] == {"steps": 2, "guidance_scale": 1.5, "seed": 5}
+    assert result["settings"] == {"steps": 2, "guidance_scale": 1.5, "seed": 5,
+                                  "spacing": "time"}
     entries = [result["joint_top1"]]
     for split in ("test", "train"):
         assert set(result[split]) == {"t2i_top1", "i2t_exact", "i2t_token_f1"}

@@ -1,7 +1,6 @@
 """Fetching, from a server that does what the web does: every row accounted for, nothing let in."""
 
 import io
-import itertools
 import json
 import os
 import signal
@@ -19,7 +18,7 @@ from pyarrow import parquet
 
 pytest.importorskip("img2dataset", reason="the extra fetch is not installed")
 
-from hostile_server import CASES, HostileServer
+from hostile_server import PRIVATE, HostileServer, crawl_rows
 
 from minidiffuser.data import load_table
 from minidiffuser.data.download import (
@@ -33,19 +32,6 @@ from minidiffuser.data.download import (
 from minidiffuser.data.fetch import fetch, read_shards
 
 HOST = "127.0.0.1"
-SCRIPTS = ["ein Äpfel & Öl", "красное яблоко", "红苹果", "لا تفاحة حمراء", "लाल सेब", "赤いりんご",
-           "빨간 사과", "תפוח אדום", "κόκκινο μήλο", "แอปเปิ้ล", "🍎 emoji",
-           "quote\"s, comma\nnewline", "a" * 3000]
-# Rows that are refused without asking any server.
-UNASKED = {"file:///etc/passwd": "scheme file", "ftp://127.0.0.1/a.png": "scheme ftp",
-           "data:image/png;base64,iVBORw0KGgo=": "scheme data", "javascript:alert(1)":
-           "scheme javascript", "": "scheme missing", "no url at all": "scheme missing",
-           "http://": "bad url", "http://a:99999/b.png": "bad url"}
-PRIVATE = ["http://127.0.0.2/a", "http://localhost/a", "http://10.1.2.3/a", "http://192.168.0.1/a",
-           "http://172.16.9.9/a", "http://169.254.169.254/latest/meta-data", "http://[::1]/a",
-           "http://[::ffff:127.0.0.1]/a", "http://100.64.0.1/a", "http://0.0.0.0/a",
-           "http://[64:ff9b::7f00:1]/a", "http://224.0.0.1/a", "http://2130706433/a"]
-SLOW = {case for case, (_, why) in CASES.items() if why in ("timed out", "too slow")}
 QUICK = {"timeout": 1.5, "deadline": 2.5, "max_bytes": 2_000_000, "image_size": 64,
          "allow_hosts": [HOST], "without": ["punsafe"]}
 
@@ -69,13 +55,7 @@ def write_table(path, urls, texts=None, **more):
 def crawl(server, tmp_path_factory):
     """2,200 rows fetched from the hostile server: the folder, the report, what was expected."""
     folder = tmp_path_factory.mktemp("crawl")
-    plain = itertools.cycle(case for case in CASES if case not in SLOW and case != "endless")
-    cases = [*CASES, *SLOW, *(next(plain) for _ in range(2100))]
-    urls = [f"{server.url}/{case}/{i}?größe=ü {SCRIPTS[i % 5]}" for i, case in enumerate(cases)]
-    reasons = [CASES[case][1] for case in cases]
-    urls += [*UNASKED, *PRIVATE]
-    reasons += [*UNASKED.values(), *["private address"] * len(PRIVATE)]
-    texts = [SCRIPTS[i % len(SCRIPTS)] for i in range(len(urls))]
+    urls, texts, reasons = crawl_rows(server.url)
     source = write_table(folder / "part.parquet", urls, texts, similarity=[0.3] * len(urls))
     before = server.asked.total()
     report = fetch(source, folder / "out", shard_rows=400, threads=24, processes=2, **QUICK)

@@ -202,7 +202,8 @@ def test_rows_are_spread_over_the_split_and_no_more_than_it_has(some, codecs, mo
 def test_batches_are_asked_for_with_seeds_of_their_own(some, codecs):
     stub = Stub(some, codecs)
     result = evaluate(stub, n=90, seed=3, steps=7, guidance_scale=1.5)
-    assert result["settings"] == {"seed": 3, "steps": 7, "guidance_scale": 1.5}
+    assert result["settings"] == {"seed": 3, "steps": 7, "guidance_scale": 1.5,
+                                  "spacing": "time"}
     assert all(how["steps"] == 7 and how["guidance_scale"] == 1.5 for *_, how in stub.asked)
     for task in (("image",), ("text",), ("image", "text")):
         batches = [(n, how["seed"]) for sampled, n, how in stub.asked if sampled == task]

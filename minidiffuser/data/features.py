@@ -59,19 +59,33 @@ class EncodeReport:
 
 
 def source_shards(
-    source: str | os.PathLike, shard_rows: int
+    source: str | os.PathLike, shard_rows: int, steps: str = ""
 ) -> list[Callable[[], "datasets.Dataset"]]:
-    """A table in pieces that are read one at a time: of a fetch its own shards, else by rows."""
+    """A table in pieces that are read one at a time: of a fetch its own shards, else by rows.
+
+    Args:
+        steps: filters, for a table only: see ``filters.parse_all``.
+
+    Raises:
+        ValueError: filters for a fetch, which is read shard by shard and never as a whole.
+    """
     import datasets
 
     from .fetch import finished, shard_table
 
     if (Path(source) / "fetch.json").is_file():
+        if steps:
+            raise ValueError(f"{source} is read shard by shard, and filters see a whole table: run "
+                             f"`data filter {source} --out CLEAN` and encode that, or give "
+                             "--filters \"\"")
+
         def read(name: str) -> datasets.Dataset:
             return datasets.Dataset(shard_table(source, name))
 
         return [lambda name=name: read(name) for name in finished(Path(source))]
-    table = filters.raw_images(load_table(source), {"image": "image"})
+    table, report = filters.apply(load_table(source), filters.parse_all(steps))
+    log.info("%s", report)
+    table = filters.raw_images(table, {"image": "image"})
     return [lambda i=i: table.select(range(i, min(i + shard_rows, len(table))))
             for i in range(0, len(table), shard_rows)]
 
@@ -125,8 +139,8 @@ def encode(
     from tqdm.auto import tqdm
 
     out, state = Path(out), PartialState()
-    shards = source_shards(source, shard_rows)
-    begun = {"source": str(source), "shards": len(shards),
+    shards = source_shards(source, shard_rows, cfg.filters)
+    begun = {"source": str(source), "shards": len(shards), "filters": cfg.filters,
              "config": {key: getattr(cfg, key) for key in DECIDES}}
     if state.is_main_process:
         begin(out, begun, cfg, codecs, shards)

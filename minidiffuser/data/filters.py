@@ -467,6 +467,22 @@ def parse(text: str) -> Step:
         raise ValueError(f"the filter {text!r} does not fit {name}{needs}") from None
 
 
+def parse_all(text: str) -> list[Step]:
+    """Steps divided by spaces, in order, after ``punsafe``, which ``-punsafe`` switches off.
+
+    ``""`` is no step at all: a table is taken as it is.
+
+    Raises:
+        ValueError: as of :func:`parse`, or another step with a minus.
+    """
+    words = text.split()
+    off = [w for w in words if w.startswith("-")]
+    if set(off) - {"-punsafe"}:
+        raise ValueError(f"only punsafe is on by itself and can be switched off, not {off}")
+    steps = [parse(w) for w in words if w not in off]
+    return steps if off or not words else [punsafe(), *steps]
+
+
 def subset_filter(name: str, without: Sequence[str] = ()) -> Callable[[Any], tuple[Any, Report]]:
     """A function from a table to its part in the subset, and the report."""
     return partial(apply, steps=subset_steps(name, without))
