@@ -9,7 +9,8 @@ RIGHT = {
         "a loop": '''
 def subset(width, height, aesthetic, pwatermark, punsafe):
     keep = []
-    for w, h, a, m, u in zip(*(v.tolist() for v in (width, height, aesthetic, pwatermark, punsafe))):
+    rows = zip(*(v.tolist() for v in (width, height, aesthetic, pwatermark, punsafe)))
+    for w, h, a, m, u in rows:
         keep.append(w >= 512 and h >= 512 and a >= 5 and m <= 0.5 and torch.tensor(u).item() <=
                     torch.tensor(0.1).item())
     return torch.tensor(keep)
@@ -128,8 +129,8 @@ WRONG = {
     },
     "07-repeats": {
         "case counts": ({".strip().casefold()": ".strip()"}, "Case counts"),
-        "neither case nor space": ({".strip().casefold()": ""}, "should be"),
-        "space counts": ({".strip().casefold()": ".casefold()"}, "should be"),
+        "neither case nor space": ({".strip().casefold()": ""}, "Case and space count"),
+        "space counts": ({".strip().casefold()": ".casefold()"}, "Space around"),
         "lower": ({".casefold()": ".lower()"}, "casefold() does not"),
         "without itself": ({"[count[caption] for": "[count[caption] - 1 for"}, "counts itself"),
         "running": ('''
@@ -142,7 +143,8 @@ def repeats(captions):
 ''', "running counts"),
         "whether": ({"[count[caption] for": "[int(count[caption] > 1) for"}, "how often is asked"),
         "one for each caption": ({"for caption in folded])": "for caption in count])"}, "shape"),
-        "all space goes": ({".strip().casefold()": '.replace(" ", "").casefold()'}, "within a caption"),
+        "all space goes": ({".strip().casefold()": '.replace(" ", "").casefold()'},
+                           "within a caption"),
         "in place": ({"folded = [caption.strip().casefold() for caption in captions]":
                           "captions[:] = [c.strip().casefold() for c in captions]\n"
                           "    folded = captions"}, "work on a copy"),
@@ -150,17 +152,17 @@ def repeats(captions):
                         "return [count[caption] for caption in folded]"}, "should be a tensor"),
     },
     "07-hash": {
-        "mean": ({"return F > median": "return F > F.mean(1, keepdim=True)"}, "with the mean"),
-        "zero": ({"return F > median": "return F > 0"}, "compared with 0"),
-        "upside down": ({"F > median": "F < median"}, "upside down"),
+        "mean": ({"waves > median": "waves > waves.mean(1, keepdim=True)"}, "with the mean"),
+        "zero": ({"return waves > median": "return waves > 0"}, "compared with 0"),
+        "upside down": ({"waves > median": "waves < median"}, "upside down"),
         "transposed": ({"C @ grey @ C.T": "(C @ grey @ C.T).mT"}, "swapped"),
-        "median of the batch": ({"return F > median": "return F > F.flatten().quantile(0.5)"},
+        "median of the batch": ({"waves > median": "waves > waves.flatten().quantile(0.5)"},
                                 "each picture has its own"),
         "pixels": ({"(C @ grey @ C.T)": "grey[:, :8, :8]"}, "not their waves"),
         "only one side": ({"(C @ grey @ C.T)": "(C @ grey)[:, :, :8]"}, "should be"),
-        "not flat": ({"return F > median": "return (F > median).view(-1, 8, 8)"}, "shape"),
-        "numbers": ({"F > median": "(F > median).float()"}, "bool tensor"),
-        "no return": ({"return F > median": "F > median"}, "return missing"),
+        "not flat": ({"return waves > median": "return (waves > median).view(-1, 8, 8)"}, "shape"),
+        "numbers": ({"waves > median": "(waves > median).float()"}, "bool tensor"),
+        "no return": ({"return waves > median": "waves > median"}, "return missing"),
     },
     "07-candidates": {
         "all pieces equal": ('''
