@@ -262,7 +262,7 @@ def train_clip(
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        yield step + 1, float(loss)
+        yield step + 1, float(loss.detach())
     model.eval()
 
 

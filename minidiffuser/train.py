@@ -264,7 +264,8 @@ class Trainer:
                 pickled={"optimizers": optimizers,
                          "scaler": scaler.state_dict() if scaler else {}},
                 info={"config": self.cfg.to_dict(), "ema_updates": self.ema.updates,
-                      "samples_seen": self.step * self.cfg.batch_size, "processes": self.world},
+                      "samples_seen": self.step * self.cfg.batch_size, "processes": self.world,
+                      "features": self.source.identity},
             )
         self.accelerator.wait_for_everyone()
 
@@ -280,6 +281,10 @@ class Trainer:
         if saved is None:
             return
         checkpoints.check_same_run(saved.info["config"], self.cfg, saved.path)
+        if saved.info.get("features") != self.source.identity:  # its step is a place in others
+            raise ValueError(f"{saved.path} was trained on other features than {self.cfg.data} "
+                             "holds now, so it cannot tell which rows are next: choose another "
+                             "folder with --out, or encode as before")
         options = dcp.StateDictOptions(full_state_dict=True)
         dcp.set_model_state_dict(self.net, saved.tensors("ema"), options=options)
         self.ema.average = [p.detach().clone() for p in self.net.parameters()]

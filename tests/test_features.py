@@ -1,18 +1,23 @@
 """Features: the same bytes however often stopped and however many took part; read as a stream."""
 
 import hashlib
+import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections import Counter
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 from support import TOY
 from test_train import assert_same, run, weights
 
@@ -78,6 +83,97 @@ def test_latents_are_the_codecs(encoded, table):
         assert torch.equal(row["image"], z[i].half()) and torch.equal(row["text_ids"], ids[i].int())
 
 
+def test_each_row_keeps_its_url_and_caption(encoded, table):
+    """By which a row can be traced, and taken out."""
+    out, _ = encoded
+    source = FeatureSource(CFG.replace(data=str(out)))
+    urls = {row["URL"]: row["TEXT"] for row in load_table("emoji").select(range(ROWS))}
+    for number, size in enumerate(source.sizes):
+        rows = parquet.read_table(out / f"shard_{number:05d}.parquet").to_pylist()
+        ids = torch.stack([source.row(number, i)["text_ids"] for i in range(size)])
+        assert [r["TEXT"] for r in rows] == source.codecs["text"].decode(
+            source.codecs["text"].codes[ids.long()])
+        assert all(urls[r["URL"]] == r["TEXT"] for r in rows)
+
+
+def img2dataset_folder(folder, columns):
+    """60 rows of emoji in two shards under other names for the columns."""
+    folder.mkdir()
+    some = load_table("emoji").cast_column("image", datasets.Image(decode=False))
+    for k in range(2):
+        rows = some.select(range(30 * k, 30 * k + 30))
+        values = {"jpg": [r["image"]["bytes"] for r in rows], "caption": rows["TEXT"],
+                  "url": rows["URL"], "key": [f"{k}{i:04d}" for i in range(30)]}
+        values["jpg"][7] = None  # it could not be downloaded
+        parquet.write_table(pa.table({c: values[c] for c in columns}), folder / f"{k:05d}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("columns", [("jpg", "caption", "url", "key"), ("caption", "jpg")])
+def test_any_folder_of_parquet_is_read_file_by_file(tmp_path, columns):
+    report = encode(img2dataset_folder(tmp_path / "in", columns), tmp_path / "out", TOY)
+    assert (report.read, report.written, report.shards) == (60, 58, 2)
+    assert report.reasons == {"not a readable image": 2}
+    kept = parquet.read_table(tmp_path / "out" / "shard_00001.parquet").to_pylist()
+    expected = load_table("emoji").select([30])[0]
+    assert kept[0]["TEXT"] == expected["TEXT"]
+    assert kept[0]["URL"] == (expected["URL"] if "url" in columns else None)
+
+
+def test_a_folder_without_captions_or_with_filters_is_refused(tmp_path):
+    folder = img2dataset_folder(tmp_path / "in", ("jpg", "url"))
+    with pytest.raises(ValueError, match=r"has no column TEXT \(or text, caption"):
+        encode(folder, tmp_path / "out", TOY)
+    with pytest.raises(ValueError, match="read shard by shard"):
+        encode(folder, tmp_path / "out", TOY.replace(filters="readable"))
+
+
+def test_a_decoder_that_breaks_and_a_caption_that_names_the_end_are_counted(tmp_path, monkeypatch):
+    some = load_table("emoji").select(range(20)).cast_column("image", datasets.Image(decode=False))
+    rows = some.to_list()
+    rows[4]["TEXT"] = "red [end] apple"
+    rows[9]["image"]["bytes"] = b"breaks"
+    save_table(datasets.Dataset.from_list(rows, features=some.features), tmp_path / "t", "train")
+    real = features.filters.open_image
+
+    def fragile(value):
+        if value["bytes"] == b"breaks":
+            raise RuntimeError("Failed to decode image")
+        return real(value)
+
+    monkeypatch.setattr(features.filters, "open_image", fragile)
+    report = encode(tmp_path / "t", tmp_path / "out", TOY)
+    assert report.reasons == {"not a readable image": 1, "unknown words": 1}
+    assert report.written == 18
+
+
+def test_no_more_originals_are_held_than_are_encoded_at_once(pipe, monkeypatch):
+    alive, most, real = weakref.WeakSet(), [], features.filters.open_image
+
+    def counted(value):
+        image = real(value)
+        alive.add(image)
+        most.append(len(alive))
+        return image
+
+    monkeypatch.setattr(features.filters, "open_image", counted)
+    gc.collect()
+    rows = load_table("emoji").select(range(200)).cast_column("image", datasets.Image(decode=False))
+    _, kept, _ = features.encode_rows(rows.select_columns(["image", "TEXT"]), pipe.codecs)
+    assert len(kept) == len(most) == 200 and max(most) <= features.BATCH + 1
+
+
+def test_codecs_are_fitted_to_so_many_images_and_to_all_captions(table, monkeypatch):
+    shards = features.source_shards(table, 32)
+    fitted = features.fit_codecs(CFG, shards)
+    monkeypatch.setattr(features, "FIT_BYTES", 3 * 16 * 16 * 10)
+    few = features.fit_codecs(CFG, shards)
+    images = [features.open_image(row["image"]) for row in shards[0]().select(range(11))]
+    pixels = features.filters.np.stack([np.asarray(i.resize((1, 1))) for i in images if i])
+    assert len(pixels) == 10 and few["image"].mean != fitted["image"].mean
+    assert few["text"].words == fitted["text"].words
+
+
 def test_a_second_run_writes_nothing(encoded, table):
     out, report = encoded
     before = {f: f.stat().st_mtime_ns for f in out.glob("shard_*")}
@@ -86,31 +182,49 @@ def test_a_second_run_writes_nothing(encoded, table):
 
 
 def test_a_shard_that_is_not_whole_is_written_again(encoded, table, tmp_path):
-    import shutil
-
     out = shutil.copytree(encoded[0], tmp_path / "out")
     shard = out / "shard_00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-7])
     (out / "shard_00004.json").write_text('{"rows": ')
+    (out / "shard_00005.parquet").unlink()
+    flip(out / "shard_00006.safetensors", -1)
     (out / "index.json").unlink()
+    (out / ".shard_00003.safetensors.writing_1").write_bytes(b"half")  # of a run that was killed
     encode(table, out, CFG, shard_rows=32)
     assert fingerprints(out) == fingerprints(encoded[0])
+    assert not list(out.glob(".*"))
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
 
 
 SCRIPT = """
+import json
 import sys
+from accelerate import PartialState
 from minidiffuser.config import PRESETS
 from minidiffuser.data.features import encode
-encode(sys.argv[1], sys.argv[2], PRESETS["toy"], shard_rows=int(sys.argv[3]))
+from minidiffuser.data.stream import FeatureSource
+source, out, rows = sys.argv[1:]
+cfg, state = PRESETS["toy"].replace(data=out), PartialState()
+encode(source, out, cfg, shard_rows=int(rows))
+stream = FeatureSource(cfg)
+places = [stream.order(step, state.process_index, state.num_processes)
+          for step in range(stream.order.rows)]  # as many epochs as a batch has rows
+with open(f"{out}.rank{state.process_index}.json", "w") as file:
+    json.dump(sum(places, []), file)
 """
 
 
 @pytest.mark.slow
-def test_killed_half_way_and_resumed_the_bytes_are_the_same(tmp_path):
+def test_killed_half_way_and_resumed_the_bytes_are_the_same(table, tmp_path):
     whole = tmp_path / "whole"
-    encode("emoji", whole, TOY, shard_rows=40)
+    encode(table, whole, TOY, shard_rows=2)
     out = tmp_path / "killed"
-    run = subprocess.Popen([sys.executable, "-c", SCRIPT, "emoji", str(out), "40"],
+    run = subprocess.Popen([sys.executable, "-c", SCRIPT, str(table), str(out), "2"],
                            env={**os.environ, "OMP_NUM_THREADS": "1"})
     waiting = time.monotonic() + 60
     while len(list(out.glob("shard_*.json"))) < 5 and time.monotonic() < waiting:
@@ -120,12 +234,12 @@ def test_killed_half_way_and_resumed_the_bytes_are_the_same(tmp_path):
     assert not (out / "index.json").exists(), "it was not killed half-way"
     with pytest.raises(ValueError, match="not complete: run the same `data encode` again"):
         FeatureSource(TOY.replace(data=str(out)))
-    encode("emoji", out, TOY, shard_rows=40)
+    encode(table, out, TOY, shard_rows=2)
     assert fingerprints(out) == fingerprints(whole)
 
 
 @pytest.mark.slow
-def test_two_workers_write_the_same_bytes_as_one(encoded, table, tmp_path):
+def test_two_workers_write_the_same_bytes_as_one_and_share_the_rows(encoded, table, tmp_path):
     script = tmp_path / "encode.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
@@ -135,6 +249,10 @@ def test_two_workers_write_the_same_bytes_as_one(encoded, table, tmp_path):
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert fingerprints(tmp_path / "two") == fingerprints(encoded[0])
+    seen = [json.loads((tmp_path / f"two.rank{i}.json").read_text()) for i in range(2)]
+    assert len(seen[0]) == len(seen[1])
+    count = Counter(tuple(place) for places in seen for place in places)
+    assert len(count) == ROWS - 5 and set(count.values()) == {TOY.batch_size}
 
 
 def test_a_models_own_codecs_can_be_used(pipe, tmp_path):
@@ -158,6 +276,26 @@ def test_other_features_do_not_go_into_the_same_folder(encoded, table):
         encode(table, encoded[0], CFG.replace(image_size=32), shard_rows=32)
 
 
+def test_nor_do_those_of_other_codecs_or_of_a_source_that_has_changed(
+    encoded, table, tmp_path, codecs
+):
+    with pytest.raises(ValueError, match="the codecs are not those given"):
+        encode(table, encoded[0], CFG, codecs=codecs, shard_rows=32)
+    changed = shutil.copytree(table, tmp_path / "t")
+    encode(changed, tmp_path / "out", CFG, shard_rows=32)
+    rows = load_table(changed).cast_column("image", datasets.Image(decode=False))
+    save_table(rows.select(range(1, ROWS)), changed, "train")  # as many shards, other rows
+    with pytest.raises(ValueError, match="the source has changed"):
+        encode(changed, tmp_path / "out", CFG, shard_rows=32)
+
+
+def test_codecs_that_were_not_the_encoders_are_refused(encoded, tmp_path):
+    out = shutil.copytree(encoded[0], tmp_path / "out")
+    flip(out / "codecs.safetensors", -1)
+    with pytest.raises(ValueError, match="are not those that encoded it"):
+        FeatureSource(CFG.replace(data=str(out)))
+
+
 def test_features_of_other_settings_are_refused_by_training(encoded, tmp_path):
     cfg = CFG.replace(data=str(encoded[0]), image_size=32)
     with pytest.raises(ValueError, match=r"do not fit this run \(image_size is 16 there"):
@@ -165,8 +303,6 @@ def test_features_of_other_settings_are_refused_by_training(encoded, tmp_path):
 
 
 def test_a_damaged_shard_is_named(encoded, tmp_path):
-    import shutil
-
     out = shutil.copytree(encoded[0], tmp_path / "out")
     (out / "shard_00000.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match="shard_00000.safetensors is damaged or missing"):
@@ -187,13 +323,14 @@ def test_a_table_without_a_usable_row_is_refused(tmp_path):
 @pytest.mark.parametrize("sizes", [[5, 7, 3, 9, 1, 0, 6], [40], [3] * 30])
 def test_each_epoch_has_every_row_once_over_all_processes(sizes, world):
     order = ShardOrder(sizes, batch=4, seed=1, window=3)
-    rows = {(s, r) for s, size in enumerate(sizes) for r in range(size)}
-    epochs = 3
-    seen = [place for step in range(epochs * len(rows) // 4 + 1) for rank in range(world)
-            for place in sorted(enumerate(order(step, rank, world)))]
-    count = Counter(place for _, place in seen)
-    assert set(count) == rows
-    assert set(count.values()) <= {epochs, epochs + 1}
+    rows = [(s, r) for s, size in enumerate(sizes) for r in range(size)]
+    seen = []
+    for step in range(3 * len(rows) // 4 + 1):
+        shares = [order(step, rank, world) for rank in range(world)]
+        assert len({len(share) for share in shares}) == 1
+        seen += [place for places in zip(*shares, strict=True) for place in places]
+    for epoch in range(3):
+        assert sorted(seen[epoch * len(rows) : (epoch + 1) * len(rows)]) == rows
 
 
 def test_processes_share_out_the_batch_of_one():
@@ -266,6 +403,18 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_weights(encoded, tmp_path)
         assert_same(weights(tmp_path / "whole", name), weights(tmp_path / "cut", name))
     assert UniDiffuser.from_pretrained(tmp_path / "cut").text_to_image(
         trainer.source.prompts(1)[0], steps=2)
+
+
+def test_a_run_does_not_go_on_with_features_in_another_order(encoded, table, tmp_path):
+    """Its step would be a place among other rows: some seen again, others never."""
+    out = shutil.copytree(encoded[0], tmp_path / "f")
+    cfg = CFG.replace(data=str(out))
+    run(cfg, tmp_path / "run", until=5)
+    assert Trainer(cfg, tmp_path / "run", cpu=True).step == 4
+    shutil.rmtree(out)
+    encode(table, out, CFG, shard_rows=25)
+    with pytest.raises(ValueError, match="step_0000004 was trained on other features"):
+        Trainer(cfg, tmp_path / "run", cpu=True)
 
 
 def test_data_names_a_table_or_features(encoded, table):

@@ -327,6 +327,10 @@ def run(settings: dict) -> None:
     if limits.rate:
         limits.rate /= processes
     kwargs = {"limits": limits}
+    if settings["distributor"] == "pyspark":  # img2dataset would make a local session of its own
+        from pyspark.sql import SparkSession
+
+        SparkSession.builder.appName("minidiffuser data fetch").getOrCreate()
     its_own = vars(sys.modules["img2dataset.main"])  # a function of the package has this name too
     with patch.dict(its_own, Downloader=partial(SafeDownloader, **kwargs),
                     Resizer=partial(SafeResizer, **kwargs)):

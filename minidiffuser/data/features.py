@@ -3,10 +3,11 @@
     encode("runs/laion", "runs/features", cfg)        # images and captions -> shards of latents
     python -m minidiffuser train emoji --data runs/features
 
-A shard is one safetensors file; beside it stands a small JSON with its rows, its hash, and why rows
-were left out.  A killed run continues with what is not there yet, several processes divide the
-shards among them, and the bytes on disk are the same however often it was stopped and however many
-took part: a shard depends on its own rows and the codecs alone.
+A shard is one safetensors file of latents and one parquet file of the same rows' URL and TEXT, so
+that a row can be traced and taken out; beside them stands a small JSON with their hashes, how many
+rows there are, and why others were left out.  A killed run continues with what is not there yet,
+several processes divide the shards among them, and the bytes on disk are the same however often it
+was stopped and however many took part: a shard depends on its own rows and the codecs alone.
 """
 
 import hashlib
@@ -14,19 +15,22 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..checkpoints import fingerprint
 from ..errors import explained
 from . import filters
-from .tables import load_table
+from .tables import find_table, load_table
 
 if TYPE_CHECKING:
     import datasets
+    from PIL import Image
     from torch import Tensor
 
     from ..config import Config
@@ -37,7 +41,9 @@ log = logging.getLogger(__name__)
 DECIDES = ("image_codec", "image_size", "pca_dim", "caption_codec", "caption_codes",
            "caption_length", "caption_dim")
 BATCH = 64           # rows encoded at once; fixed, since a batch may change the last bits
-FIT_ROWS = 100_000   # rows that codecs are fitted to
+FIT_ROWS = 100_000   # rows whose captions codecs are fitted to
+FIT_BYTES = 2**28    # of pixels that they are fitted to: fitting takes about 20 times as much
+PATIENCE = timedelta(days=7)  # how long a process that is done waits for the slowest
 
 
 @dataclass
@@ -58,50 +64,98 @@ class EncodeReport:
 # ---- where rows come from ------------------------------------------------------------------------
 
 
+def source_files(source: str | os.PathLike) -> list[Path]:
+    """The parquet files that a source's rows are in, in order.
+
+    A fetch has its finished shards; a table, by name or folder, its ``train.parquet``; any other
+    folder, such as img2dataset's output, all it holds.
+    """
+    from .fetch import finished
+
+    folder = Path(source)
+    if (folder / "fetch.json").is_file():
+        return [folder / "shards" / f"{name}.parquet" for name in finished(folder)]
+    files = sorted(folder.glob("*.parquet"))
+    if not files or folder / "train.parquet" in files:
+        return [find_table(source, "train")]
+    return files
+
+
 def source_shards(
     source: str | os.PathLike, shard_rows: int, steps: str = ""
 ) -> list[Callable[[], "datasets.Dataset"]]:
-    """A table in pieces that are read one at a time: of a fetch its own shards, else by rows.
+    """A table in pieces that are read one at a time: its own shards, where it has them, or by rows.
 
     Args:
         steps: filters, for a table only: see ``filters.parse_all``.
 
     Raises:
-        ValueError: filters for a fetch, which is read shard by shard and never as a whole.
+        ValueError: filters for what is read shard by shard and never as a whole.
     """
-    import datasets
-
-    from .fetch import finished, shard_table
-
-    if (Path(source) / "fetch.json").is_file():
+    files = source_files(source)
+    if (fetched := (Path(source) / "fetch.json").is_file()) or files[0].stem != "train":
         if steps:
             raise ValueError(f"{source} is read shard by shard, and filters see a whole table: run "
                              f"`data filter {source} --out CLEAN` and encode that, or give "
                              "--filters \"\"")
-
-        def read(name: str) -> datasets.Dataset:
-            return datasets.Dataset(shard_table(source, name))
-
-        return [lambda name=name: read(name) for name in finished(Path(source))]
+        return [lambda file=file: read_file(file, fetched) for file in files]
     table, report = filters.apply(load_table(source), filters.parse_all(steps))
     log.info("%s", report)
-    table = filters.raw_images(table, {"image": "image"})
+    table = canonical(table, source)
     return [lambda i=i: table.select(range(i, min(i + shard_rows, len(table))))
             for i in range(0, len(table), shard_rows)]
 
 
+def read_file(file: Path, fetched: bool) -> "datasets.Dataset":
+    """The rows of one parquet file; of a fetch, those that came."""
+    import datasets
+    from pyarrow import parquet
+
+    from .fetch import shard_table
+
+    if fetched:
+        return canonical(datasets.Dataset(shard_table(file.parents[1], file.stem)), file)
+    try:
+        return canonical(datasets.Dataset(parquet.read_table(file)), file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be encoded: {error}") from None
+
+
+def canonical(table: "datasets.Dataset", where: str | os.PathLike) -> "datasets.Dataset":
+    """The columns image (as bytes), TEXT and URL, whatever the table calls them.
+
+    Raises:
+        ValueError: it has no image or no caption; a URL it may lack.
+    """
+    names = filters.columns_of(table)
+    for needed in ("image", "TEXT"):
+        if needed not in names:
+            raise ValueError(f"{where} has no column {needed} (or "
+                             f"{', '.join(filters.ALIASES[needed])}); it has: "
+                             f"{', '.join(table.column_names)}")
+    table = filters.raw_images(table, names)
+    own = {names[name]: name for name in ("image", "TEXT", "URL") if name in names}
+    return table.select_columns(list(own)).rename_columns(own)
+
+
 def fit_codecs(cfg: "Config", shards: list[Callable[[], "datasets.Dataset"]]) -> dict[str, Any]:
-    """Fit a configuration's codecs to the first ``FIT_ROWS`` usable rows."""
-    from ..codecs.captions import words_of
+    """Fit a configuration's codecs to the first usable rows.
+
+    To ``FIT_ROWS`` captions and as many images as ``FIT_BYTES`` hold, which is more than a linear
+    codec needs: the table need not fit in memory, and its words are what must not be missed.
+    """
+    from ..codecs.captions import END, words_of
     from ..images import to_uint8
     from ..pipeline import make_codecs
 
+    most = max(1, FIT_BYTES // (3 * cfg.image_size**2))
     pixels, captions = [], []
     for shard in shards:
         for row in shard():
-            image = filters.open_image(row["image"])
-            if image is not None and 0 < len(words_of(row["TEXT"] or "")) <= cfg.caption_length:
-                pixels.append(to_uint8([image], cfg.image_size)[0])
+            image, words = open_image(row["image"]), words_of(row["TEXT"] or "")
+            usable = 0 < len(words) <= cfg.caption_length and END not in words
+            if image is not None and usable:
+                pixels += [to_uint8([image], cfg.image_size)[0]] * (len(pixels) < most)
                 captions.append(row["TEXT"])
         if len(captions) >= FIT_ROWS:
             break
@@ -125,7 +179,8 @@ def encode(
     """Encode a table's images and captions into ``out``. Run it again to continue.
 
     Args:
-        source: a table by name or folder, or a folder of `data fetch`.
+        source: a table by name or folder, a folder of `data fetch`, or one of any parquet files
+            with images and captions.
         cfg: whose codecs to use, and their settings.
         codecs: fitted ones, by part; by default they are fitted here, or read from ``out``.
         shard_rows: rows of a shard, where the source has no shards of its own.
@@ -133,14 +188,17 @@ def encode(
     Under ``accelerate launch`` each process takes its share of the shards.
 
     Raises:
-        ValueError: the source cannot be read, has no usable row, or ``out`` holds other features.
+        ValueError: the source cannot be read, has no usable row, or ``out`` holds features of
+            another source, other settings or other codecs.
     """
     from accelerate import PartialState
     from tqdm.auto import tqdm
 
-    out, state = Path(out), PartialState()
+    # Some processes finish hours before others, and a barrier gives up after minutes by default.
+    out, state = Path(out), PartialState(timeout=PATIENCE)
     shards = source_shards(source, shard_rows, cfg.filters)
-    begun = {"source": str(source), "shards": len(shards), "filters": cfg.filters,
+    begun = {"source": str(source), "files": _digest_of_files(source_files(source)),
+             "shards": len(shards), "filters": cfg.filters,
              "config": {key: getattr(cfg, key) for key in DECIDES}}
     if state.is_main_process:
         begin(out, begun, cfg, codecs, shards)
@@ -148,92 +206,138 @@ def encode(
     codecs = load_codecs(out)
     mine = range(state.process_index, len(shards), state.num_processes)
     for number in tqdm(mine, unit="shard", disable=not (progress and state.is_main_process)):
-        if read_shard_record(out, number) is None:
+        if read_shard_record(out, number, check=True) is None:
             write_shard(out, number, shards[number](), codecs)
     state.wait_for_everyone()
     if state.is_main_process:
-        write_index(out, begun)
+        write_index(out)
     state.wait_for_everyone()
     return report_of(read_index(out))
 
 
 def begin(out: Path, begun: dict, cfg: "Config", codecs: dict | None, shards: list) -> None:
     """Write the codecs and what the features are of; refuse a folder of other features."""
+    from ..pipeline import codec_states
+
     record = out / "begun.json"
     if record.is_file():
         before = json.loads(record.read_text())
-        differs = [f"{k} was {before[k]!r} and is {begun[k]!r}" for k in begun
-                   if before[k] != begun[k]]
+        if codecs:
+            begun = {**begun, "codecs": _digest(*_codec_bytes(*codec_states(codecs)))}
+        hashed = {"files": "the source has changed", "codecs": "the codecs are not those given"}
+        differs = [hashed.get(k, f"{k} was {before.get(k)!r} and is {begun[k]!r}") for k in begun
+                   if before.get(k) != begun[k]]
         if differs:
             raise ValueError(f"{out} holds other features ({'; '.join(differs)}): choose another "
                              "folder")
+        for left in out.glob(".*.writing_*"):  # what a killed run was in the middle of
+            left.unlink()
         return
-    from safetensors.torch import save_file
-
-    from ..pipeline import codec_states
-
-    kinds, tensors = codec_states(codecs or fit_codecs(cfg, shards))
+    kinds, tensors = _codec_bytes(*codec_states(codecs or fit_codecs(cfg, shards)))
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, out / "codecs.safetensors")
-        (out / "codecs.json").write_text(json.dumps(kinds, ensure_ascii=False))
+        _write_whole(out / "codecs.safetensors", tensors)
+        _write_whole(out / "codecs.json", kinds)
+        begun = {**begun, "codecs": _digest(kinds, tensors)}
         _write_whole(record, json.dumps(begun, indent=1))  # last: what is begun has its codecs
 
 
 def load_codecs(out: str | os.PathLike) -> dict[str, Any]:
-    """The codecs of a features folder, by part. Raises ValueError where they are damaged."""
+    """The codecs of a features folder, by part.
+
+    Raises:
+        ValueError: they are damaged, or not those that the features were encoded with.
+    """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     from ..pipeline import stored_codecs
 
+    out = Path(out)
     try:
-        return stored_codecs(json.loads((Path(out) / "codecs.json").read_text()),
-                             load_file(Path(out) / "codecs.safetensors"))
+        kinds = (out / "codecs.json").read_bytes()
+        tensors = (out / "codecs.safetensors").read_bytes()
+        if _digest(kinds, tensors) != json.loads((out / "begun.json").read_text())["codecs"]:
+            raise ValueError("they are not those that encoded it")
+        return stored_codecs(json.loads(kinds), load(tensors))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"the codecs in {out} are damaged or missing: {error}") from None
 
 
-def write_shard(out: Path, number: int, rows: "datasets.Dataset", codecs: dict[str, Any]) -> None:
-    """Encode one shard: the file, then its record; either is whole or not there."""
+def _codec_bytes(kinds: dict[str, Any], tensors: dict[str, "Tensor"]) -> tuple[bytes, bytes]:
     from safetensors.torch import save
 
-    tensors, reasons = encode_rows(rows, codecs)
-    data = save(tensors) if tensors else b""
-    name = f"shard_{number:05d}"
-    record = {"rows": len(rows) - reasons.total(), "read": len(rows),
-              "reasons": dict(sorted(reasons.items())), "bytes": len(data),
-              "sha256": hashlib.sha256(data).hexdigest()}
+    return json.dumps(kinds, ensure_ascii=False).encode(), save(tensors)
+
+
+def write_shard(out: Path, number: int, rows: "datasets.Dataset", codecs: dict[str, Any]) -> None:
+    """Encode one shard: its files, then its record; each is whole or not there."""
+    import pyarrow as pa
+    from pyarrow import parquet
+    from safetensors.torch import save
+
+    tensors, kept, reasons = encode_rows(rows, codecs)
+    latents, table = (out / f"{_name(number)}{end}" for end in (".safetensors", ".parquet"))
+    sink = pa.BufferOutputStream()
+    strings = {"URL": pa.string(), "TEXT": pa.string()}
+    parquet.write_table(pa.table({key: pa.array([row.get(key) for row in kept], kind)
+                                  for key, kind in strings.items()}), sink)
     with explained(out):
-        _write_whole(out / f"{name}.safetensors", data)
-        _write_whole(out / f"{name}.json", json.dumps(record, indent=1))
+        _write_whole(latents, save(tensors))
+        _write_whole(table, sink.getvalue().to_pybytes())
+        record = {"rows": len(kept), "read": len(rows), "reasons": dict(sorted(reasons.items())),
+                  "files": {file.name: fingerprint(file) for file in (latents, table)}}
+        _write_whole(out / f"{_name(number)}.json", json.dumps(record, indent=1))
 
 
 def encode_rows(
     rows: "datasets.Dataset", codecs: dict[str, Any]
-) -> tuple[dict[str, "Tensor"], Counter]:
-    """Latents by part: images in float16, captions as word ids where the codec has them."""
+) -> tuple[dict[str, "Tensor"], list[dict[str, Any]], Counter]:
+    """Latents by part, the rows they are of (without images), and why the others were left out.
+
+    Images are in float16, a rounding below half of what 8-bit pixels distinguish; captions are word
+    ids where the codec has them, exact and far smaller than the codes they stand for.
+    """
     import torch
 
-    images, captions, reasons = [], [], Counter()
+    batches, kept, images, reasons = [], [], [], Counter()
     for row in rows:
-        image = filters.open_image(row["image"])
+        image = open_image(row.pop("image"))
         why = "not a readable image" if image is None else why_not(codecs["text"], row["TEXT"])
         if why:
             reasons[why] += 1
-        else:
-            images.append(image)
-            captions.append(row["TEXT"])
-    if not images:
-        return {}, reasons
-    batches = range(0, len(images), BATCH)
-    z = torch.cat([codecs["image"].encode(images[i : i + BATCH]).half() for i in batches])
-    z = z.contiguous()
-    text = codecs["text"]
-    if hasattr(text, "encode_ids"):  # exact, and smaller by far than the codes they stand for
-        return {"image": z, "text_ids": text.encode_ids(captions).int()}, reasons
-    latents = [text.encode(captions[i : i + BATCH]).half() for i in batches]
-    return {"image": z, "text": torch.cat(latents).contiguous()}, reasons
+            continue
+        kept.append(row)
+        images.append(image)
+        if len(images) == BATCH:  # no more originals than that are held at once
+            batches.append(codecs["image"].encode(images).half())
+            images = []
+    if images:
+        batches.append(codecs["image"].encode(images).half())
+    if not kept:
+        return {}, kept, reasons
+    return {"image": torch.cat(batches).contiguous(),
+            **encode_captions([row["TEXT"] for row in kept], codecs["text"])}, kept, reasons
+
+
+def encode_captions(captions: Sequence[str], codec: Any) -> dict[str, "Tensor"]:
+    """Word ids (N, L) int32 where the codec has them, else latents (N, *shape) float16."""
+    import torch
+
+    if hasattr(codec, "encode_ids"):
+        return {"text_ids": codec.encode_ids(captions).int()}
+    batches = range(0, len(captions), BATCH)
+    latents = [codec.encode(captions[i : i + BATCH]).half() for i in batches]
+    return {"text": torch.cat(latents).contiguous()}
+
+
+def open_image(value: Any) -> "Image.Image | None":
+    """An image cell as RGB; None where it cannot be read, whatever its decoder makes of it."""
+    try:
+        return filters.open_image(value)
+    except Exception as error:  # Pillow's decoders raise many kinds: of AVIF, RuntimeError
+        log.info("an image was left out: %r", error)
+        return None
 
 
 def why_not(codec: Any, caption: str | None) -> str | None:
@@ -243,18 +347,27 @@ def why_not(codec: Any, caption: str | None) -> str | None:
     return codec.refuses(caption) if hasattr(codec, "refuses") else None
 
 
-def read_shard_record(out: Path, number: int) -> dict[str, Any] | None:
-    """What is known of a shard; None where it is missing or not whole."""
+def read_shard_record(out: Path, number: int, check: bool = False) -> dict[str, Any] | None:
+    """What is known of a shard; None where it is missing or not whole.
+
+    Args:
+        check: compare hashes too, and not only sizes.
+    """
     try:
-        record = json.loads((out / f"shard_{number:05d}.json").read_text())
-        size = (out / f"shard_{number:05d}.safetensors").stat().st_size
-    except (OSError, ValueError):
+        record = json.loads((out / f"{_name(number)}.json").read_text())
+        for name, expected in record["files"].items():
+            if (out / name).stat().st_size != expected["bytes"]:
+                return None
+            if check and fingerprint(out / name) != expected:
+                return None
+    except (OSError, ValueError, KeyError):
         return None
-    return record if size == record["bytes"] else None
+    return record
 
 
-def write_index(out: Path, begun: dict[str, Any]) -> None:
+def write_index(out: Path) -> None:
     """Write index.json, which makes the folder one that training reads."""
+    begun = json.loads((out / "begun.json").read_text())
     records = [read_shard_record(out, i) for i in range(begun["shards"])]
     missing = [i for i, record in enumerate(records) if record is None]
     if missing:
@@ -264,10 +377,23 @@ def write_index(out: Path, begun: dict[str, Any]) -> None:
         _write_whole(out / "index.json", json.dumps({**begun, "shards": records}, indent=1))
 
 
+def _name(number: int) -> str:
+    return f"shard_{number:05d}"
+
+
 def _write_whole(path: Path, content: str | bytes) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}.writing_{os.getpid()}")
     draft.write_bytes(content.encode() if isinstance(content, str) else content)
     draft.replace(path)
+
+
+def _digest(*contents: bytes) -> str:
+    return hashlib.sha256(b"".join(hashlib.sha256(c).digest() for c in contents)).hexdigest()
+
+
+def _digest_of_files(files: Sequence[Path]) -> str:
+    """Of names and sizes, which is enough to notice a source that has changed since."""
+    return _digest(*(f"{f.name} {f.stat().st_size}".encode() for f in files))
 
 
 # ---- reading the folder --------------------------------------------------------------------------
@@ -289,6 +415,11 @@ def read_index(folder: str | os.PathLike) -> dict[str, Any]:
     except (OSError, ValueError):
         raise ValueError(f"the features in {folder} are not complete: run the same `data encode` "
                          "again") from None
+
+
+def identity(folder: str | os.PathLike) -> str:
+    """A hash of the features' rows, their order and codecs: what a step's position refers to."""
+    return hashlib.sha256((Path(folder) / "index.json").read_bytes()).hexdigest()
 
 
 def report_of(index: dict[str, Any]) -> EncodeReport:

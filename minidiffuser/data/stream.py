@@ -107,6 +107,7 @@ class TableSource:
         self.codecs = make_codecs(cfg, self.images, self.captions)
         self.ids = self.codecs["text"].encode_ids(self.captions)
         self.order = Order(len(self.ids), cfg.batch_size, cfg.seed)
+        self.identity: str | None = None  # a table may be replaced by a better one
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
         """Latents by part, (B, *shape), of a process's share of a batch."""
@@ -138,6 +139,7 @@ class FeatureSource:
         self.folder = Path(cfg.data)
         self.codecs: dict[str, Any] = features.load_codecs(self.folder)
         self.sizes = [s["rows"] for s in features.read_index(self.folder)["shards"]]
+        self.identity: str | None = features.identity(self.folder)
         self.order = ShardOrder(self.sizes, cfg.batch_size, cfg.seed, window)
         if not self.order.rows:
             raise ValueError(f"the features in {self.folder} have no rows")
