@@ -30,6 +30,7 @@ from .tables import find_table, load_table
 
 if TYPE_CHECKING:
     import datasets
+    from accelerate import PartialState
     from PIL import Image
     from torch import Tensor
 
@@ -191,11 +192,9 @@ def encode(
         ValueError: the source cannot be read, has no usable row, or ``out`` holds features of
             another source, other settings or other codecs.
     """
-    from accelerate import PartialState
     from tqdm.auto import tqdm
 
-    # Some processes finish hours before others, and a barrier gives up after minutes by default.
-    out, state = Path(out), PartialState(timeout=PATIENCE)
+    out, state = Path(out), processes()
     shards = source_shards(source, shard_rows, cfg.filters)
     begun = {"source": str(source), "files": _digest_of_files(source_files(source)),
              "shards": len(shards), "filters": cfg.filters,
@@ -213,6 +212,18 @@ def encode(
         write_index(out)
     state.wait_for_everyone()
     return report_of(read_index(out))
+
+
+def processes() -> "PartialState":
+    """Which process this is, of how many."""
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    # On a CPU every process is the only one unless it is told that there is nothing else.  Some
+    # finish hours before others, and a barrier gives up after minutes by default.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu, timeout=PATIENCE)
 
 
 def begin(out: Path, begun: dict, cfg: "Config", codecs: dict | None, shards: list) -> None:
