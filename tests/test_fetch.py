@@ -264,6 +264,7 @@ def test_a_damaged_shard_is_named_and_fetched_again(small, tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"limit": 0}, "limit must be above 0"), ({"rate": -1.0}, "rate must be above 0"),
     ({"subset": "laion"}, "unknown subset 'laion'"), ({"distributor": "slurm"}, "distributor must"),
+    ({"distributor": "pyspark"}, "this fetch needs pyspark: pip install 'pyspark'"),
     ({"without": ["punsave"]}, "unknown filter of all 'punsave'"),
 ])
 def test_bad_settings_are_refused(change, message, tmp_path):

@@ -59,13 +59,16 @@ def test_the_readme_has_it_on_the_map(path):
 def test_names_in_the_recap_exist(path):
     """What the recap says is in the package is there: its last column, as code."""
     import minidiffuser
-    from minidiffuser import objective, oracles, plots, schedule, solvers, tasks  # noqa: F401
+    from minidiffuser import clip, objective, oracles, plots, schedule, solvers, tasks  # noqa: F401
+    from minidiffuser.data import commands, filters
 
-    known = {name for module in (minidiffuser, objective, oracles, schedule, solvers, tasks,
+    known = {name for module in (minidiffuser, clip, commands, filters, objective, oracles,
+                                 schedule, solvers, tasks,
                                  schedule.NoiseSchedule, oracles.GaussianMixture,
                                  minidiffuser.UniDiffuser) for name in dir(module)}
     known |= {"guidance_scale", "eta", "eps", "x0", "x", "t", "noise", "schedule", "solvers",
-              "objective", "tasks", "pipe", "sampled", "given"}
+              "objective", "tasks", "pipe", "sampled", "given", "filters", "clip", "data", "fetch",
+              "laion2B", "en", "image", "images", "texts", "scorer", "bits", "d"}
     rows = re.findall(r"^\| .+ \| .+ \| (.+) \|$", "\n".join(markdown(path)), re.M)
     code = [span for row in rows for span in re.findall(r"`([^`]+)`", row)]
     assert code

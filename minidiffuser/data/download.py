@@ -14,6 +14,7 @@ Run as ``python -m minidiffuser.data.download settings.json``, it is the process
 
 import fcntl
 import http.client
+import importlib
 import io
 import ipaddress
 import json
@@ -328,9 +329,8 @@ def run(settings: dict) -> None:
         limits.rate /= processes
     kwargs = {"limits": limits}
     if settings["distributor"] == "pyspark":  # img2dataset would make a local session of its own
-        from pyspark.sql import SparkSession
-
-        SparkSession.builder.appName("minidiffuser data fetch").getOrCreate()
+        sql = importlib.import_module("pyspark.sql")
+        sql.SparkSession.builder.appName("minidiffuser data fetch").getOrCreate()
     its_own = vars(sys.modules["img2dataset.main"])  # a function of the package has this name too
     with patch.dict(its_own, Downloader=partial(SafeDownloader, **kwargs),
                     Resizer=partial(SafeResizer, **kwargs)):

@@ -114,7 +114,9 @@ def fetch(
             raise ValueError(f"{name} must be above 0, got {value}")
     if distributor not in ("multiprocessing", "pyspark", "ray"):
         raise ValueError(f"distributor must be multiprocessing, pyspark or ray: {distributor!r}")
-    require_img2dataset()
+    require("img2dataset", "minidiffuser[fetch]")
+    if distributor != "multiprocessing":
+        require(distributor, distributor)
     out = Path(out)
     what = {"source": str(source), "limit": limit, "subset": subset, "without": sorted(without),
             "shard_rows": shard_rows, "image_size": image_size}
@@ -133,12 +135,12 @@ def fetch(
     return report
 
 
-def require_img2dataset() -> None:
-    """Raise ValueError, naming the extra, where img2dataset is missing."""
+def require(library: str, package: str) -> None:
+    """Raise ValueError, naming what to install, where a library is missing."""
     from importlib.util import find_spec
 
-    if find_spec("img2dataset") is None:
-        raise ValueError("fetching needs img2dataset: pip install 'minidiffuser[fetch]'")
+    if find_spec(library) is None:
+        raise ValueError(f"this fetch needs {library}: pip install '{package}'")
 
 
 # ---- the rows asked for --------------------------------------------------------------------------
