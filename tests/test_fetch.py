@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -31,6 +32,7 @@ from minidiffuser.data.download import (
 )
 from minidiffuser.data.fetch import fetch, read_shards
 
+ROOT = Path(__file__).parents[1]
 HOST = "127.0.0.1"
 QUICK = {"timeout": 1.5, "deadline": 2.5, "max_bytes": 2_000_000, "image_size": 64,
          "allow_hosts": [HOST], "without": ["punsafe"]}
@@ -318,3 +320,14 @@ def test_the_command_prints_the_report(cli, server, tmp_path):
 def test_refused_is_raised_for_what_is_refused():
     with pytest.raises(Refused, match="private address"):
         check_address("fe80::1%eth0")
+
+
+def test_every_distributor_reported_the_same():
+    """What `python benchmarks/fetch.py` found, which docs/laion.md quotes."""
+    one, *others = [json.loads((ROOT / "benchmarks" / f"fetch{name}.json").read_text())
+                    for name in ("", "_ray", "_pyspark")]
+    assert others == [one, one]
+    assert one["asked"] == one["fetched"] + sum(one["reasons"].values()) == 2171
+    text = (ROOT / "docs" / "laion.md").read_text()
+    for number in ("asked", "fetched", "failed"):
+        assert f"{one[number]:,}" in text
