@@ -61,9 +61,9 @@ def draw(emoji: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
 
 
 def encode(image: Image.Image) -> bytes:
-    """A picture as PNG."""
+    """A picture as lossless WebP, a quarter smaller than PNG."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "WEBP", lossless=True)
     return buffer.getvalue()
 
 
@@ -91,7 +91,7 @@ def build_rows() -> tuple[list[dict], Counter]:
             "similarity": None,
             "pwatermark": 0.0,
             "punsafe": 0.0,
-            "image": {"bytes": encode(image), "path": f"{points}.png"},
+            "image": {"bytes": encode(image), "path": f"{points}.webp"},
             "captions": {language: names[language].get(emoji) for language in LANGUAGES},
         })
     return rows, dropped

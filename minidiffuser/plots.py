@@ -25,25 +25,26 @@ COLOURS = {
 }
 
 
-def to_png(figure: Figure, colours: int | None = 128) -> bytes:
-    """A figure as PNG; with a palette of so many colours it takes a third of the space."""
+def to_png(picture: "Figure | Image.Image", colours: int | None = 128) -> bytes:
+    """A figure or image as PNG; with a palette of so many colours it takes a third of the space."""
     from PIL import Image
 
+    if isinstance(picture, Figure):
+        buffer = io.BytesIO()
+        picture.savefig(buffer, dpi=100, format="png")
+        picture = Image.open(buffer)
+    if colours is not None:
+        picture = picture.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=100, format="png")
-    if colours is None:
-        return buffer.getvalue()
-    few = Image.open(buffer).convert("RGB").quantize(colours, dither=Image.Dither.NONE)
-    buffer = io.BytesIO()
-    few.save(buffer, "PNG", optimize=True)
+    picture.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
-def show(figure: Figure, alt: str) -> None:
-    """Display a figure in a notebook, with a description for those who cannot see it."""
+def show(picture: "Figure | Image.Image", alt: str, colours: int | None = None) -> None:
+    """Display a figure or image in a notebook, with a description for those who cannot see it."""
     from IPython.display import Image, display
 
-    display(Image(to_png(figure, colours=None), alt=alt))
+    display(Image(to_png(picture, colours), alt=alt))
 
 
 def image_row(

@@ -89,6 +89,37 @@ def test_the_readme_quotes_the_speeds_measured():
         assert f"| {name} |" in text and ratio in text.split(f"| {name} |")[1].split("\n")[0], name
 
 
+def test_the_readme_quotes_what_filtering_bought():
+    found = json.loads((ROOT / "benchmarks" / "filtering.json").read_text())
+    text = (ROOT / "README.md").read_text().split("**What filtering buys**")[1]
+    for model in ("raw", "filtered"):
+        assert f"{found[model]['rows']:,}" in text
+    rows = {"drawings to their captions": ("text_to_image", "similarity"),
+            "captions to their drawings": ("image_to_text", "similarity"),
+            "name a collection": ("image_to_text", "collection_names"),
+            "own caption (F1)": ("image_to_text", "token_f1"),
+            "generated pairs": ("joint", "similarity")}
+    for row, (task, score) in rows.items():
+        cells = []
+        for model in ("raw", "filtered"):
+            entry = found[model][task][score]
+            low, high = entry["interval"]
+            cells.append(f"{entry['value']:.2f} [{low:.2f}, {high:.2f}]")
+        assert f"{row} | {cells[0]} | {cells[1]} |" in text
+    for pairs in found["reference"].values():
+        assert f"{pairs['value']:.2f}" in text
+
+
+def test_the_readme_quotes_what_the_tiny_clip_retrieves():
+    found = json.loads((ROOT / "benchmarks" / "clip.json").read_text())["retrieval"]
+    text = (ROOT / "README.md").read_text()
+    for table in ("emoji", "clipart"):
+        before, after = (found[model][table]["image_to_text"]["recall@1"]
+                         for model in ("untrained", "clean"))
+        n = found["clean"][table]["n"]
+        assert f"| {table}, {n} pairs | {before:.2f} | {after:.2f} |" in text
+
+
 def test_the_readmes_picture_is_what_the_demo_makes(tmp_path):
     """But for rounding, which differs between processors."""
     run("emoji", tmp_path / "demo.png", seed=0, echo=lambda text: None)
