@@ -9,7 +9,9 @@ all).  Scores are on the 177 held-out pairs, those captions left out that either
     collection_names     share of written captions that stand at more than 4 rows of the raw table
     token_f1             words that a written caption has in common with the picture's own
 
-Runs go to --runs and continue where they stopped; the result to benchmarks/filtering.json.
+Runs go to --runs and continue where they stopped; the result to benchmarks/filtering.json, and some
+drawings to filtering.png: those of the table, then those that the raw and the filtered model made for
+their captions.  Which rows are shown as examples depends on their number alone.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from minidiffuser.config import CLEAN_CLIPART, preset
 from minidiffuser.data import load_table
 from minidiffuser.metrics import mean_interval, token_f1, wilson
 from minidiffuser.pipeline import training_arrays
+from minidiffuser.plots import contact_sheet, to_png
 from minidiffuser.train import Trainer
 
 FILTERS = {"raw": "-punsafe readable caption_words=1,12", "filtered": CLEAN_CLIPART}
@@ -52,14 +55,16 @@ def share(hits: list[bool]) -> dict:
             "n": len(hits)}
 
 
-def score(pipe: UniDiffuser, images: list[Image.Image], captions: list[str], common: set) -> dict:
-    """Both directions, and pairs from nothing."""
+def score(
+    pipe: UniDiffuser, images: list[Image.Image], captions: list[str], common: set
+) -> tuple[dict, list[Image.Image]]:
+    """Scores of both directions and of pairs from nothing; and the drawings for the captions."""
     scorer = load_scorer("tiny")
     made = pipe.sample(("image",), {"text": captions}, len(captions), **HOW)["image"]
     written = pipe.sample(("text",), {"image": images}, len(images), **HOW)["text"]
     pairs = pipe.sample(("image", "text"), None, len(images), **HOW)
     split = pipe.codecs["text"].split
-    return {
+    scores = {
         "text_to_image": {"similarity": mean(similarity(scorer, made, captions).tolist())},
         "image_to_text": {
             "similarity": mean(similarity(scorer, images, written).tolist()),
@@ -67,13 +72,14 @@ def score(pipe: UniDiffuser, images: list[Image.Image], captions: list[str], com
             "token_f1": mean([token_f1(list(map(str.casefold, split(w))),
                                        list(map(str.casefold, split(c))))
                               for w, c in zip(written, captions, strict=True)]),
-            "examples": list(zip(captions, written, strict=True))[:12],
+            "examples": list(zip(captions, written, strict=True))[::13],
         },
         "joint": {
             "similarity": mean(similarity(scorer, pairs["image"], pairs["text"]).tolist()),
             "collection_names": share([folded(t) in common for t in pairs["text"]]),
         },
     }
+    return scores, made
 
 
 def folded(caption: str) -> str:
@@ -102,10 +108,14 @@ def main() -> None:
         "reference": {"own captions": mean(similarity(scorer, images, captions).tolist()),
                       "captions of another": mean(similarity(scorer, images, turned).tolist())},
     }
+    shown = images[::10]
     for name, (pipe, seen) in models.items():
         torch.manual_seed(0)
-        result[name] = {"filters": FILTERS[name], "rows": seen,
-                        **score(pipe, images, captions, common)}
+        scores, made = score(pipe, images, captions, common)
+        result[name] = {"filters": FILTERS[name], "rows": seen, **scores}
+        shown += made[::10]
+    sheet = contact_sheet(shown, columns=len(images[::10]))
+    args.out.with_suffix(".png").write_bytes(to_png(sheet))
     args.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     for path in (("text_to_image", "similarity"), ("image_to_text", "similarity"),
                  ("image_to_text", "collection_names"), ("image_to_text", "token_f1"),
