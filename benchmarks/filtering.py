@@ -10,8 +10,8 @@ all).  Scores are on the 177 held-out pairs, those captions left out that either
     token_f1             words that a written caption has in common with the picture's own
 
 Runs go to --runs and continue where they stopped; the result to benchmarks/filtering.json, and some
-drawings to filtering.png: those of the table, then those that the raw and the filtered model made for
-their captions.  Which rows are shown as examples depends on their number alone.
+drawings to filtering.png: those of the table, then those that the raw and the filtered model made
+for their captions.  Which rows are shown as examples depends on their number alone.
 """
 
 import argparse
