@@ -224,6 +224,16 @@ def test_a_disk_that_fills_up_while_training(cli, tmp_path, monkeypatch):
     assert checkpoints.all_steps(tmp_path) == []
 
 
+def test_what_no_one_foresaw_of_the_disk_is_one_line_too(cli, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("minidiffuser.metrics.evaluate", refuse)
+    ran = cli("evaluate", "emoji", "--n", 2, "--steps", 1)
+    assert ran.code == 1 and ran.err.splitlines()[-1] == "error: [Errno 5] Input/output error"
+    assert "Traceback" not in ran.err
+
+
 # ---- evaluate ------------------------------------------------------------------------------------
 
 

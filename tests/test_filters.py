@@ -265,3 +265,20 @@ def test_the_command_knows_columns(cli):
     ran = cli("data", "info", "clipart")
     assert "7,879 rows" in ran.out and "7,879 null" in ran.out
     assert cli("data", "filter", "nothing").err.startswith("error: there is no table 'nothing'")
+
+
+# ---- steps as a configuration has them -----------------------------------------------------------
+
+
+def test_a_configurations_steps_are_in_order_and_punsafe_is_on():
+    assert [s.name for s in filters.parse_all("readable min_size=32")] == [
+        "punsafe", "readable", "min_size"]
+    assert [s.name for s in filters.parse_all("min_size=32 -punsafe readable")] == [
+        "min_size", "readable"]
+    assert [s.name for s in filters.parse_all("readable")] == ["punsafe", "readable"]
+    assert filters.parse_all("") == filters.parse_all("-punsafe") == []
+
+
+def test_nothing_else_is_on_by_itself():
+    with pytest.raises(ValueError, match="only punsafe is on by itself.*-readable"):
+        filters.parse_all("min_size=32 -readable")

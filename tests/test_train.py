@@ -183,7 +183,7 @@ def test_kill_9_at_random_moments_changes_nothing(whole, tmp_path):
         killed += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert start <= 2
+        assert start <= TOY.keep + 1  # killed between writing one and dropping the oldest
     run(TOY.replace(save_every=2), tmp_path)
     assert killed >= 2
     for name in ("model", "ema", "random"):
@@ -231,6 +231,36 @@ def test_only_the_last_checkpoints_are_kept(whole):
 def test_a_folder_of_another_run_is_refused(whole):
     with pytest.raises(ValueError, match="dim was 32 and is 64.*--out"):
         Trainer(TOY.replace(dim=64), whole, cpu=True)
+
+
+@pytest.mark.parametrize("change", [
+    {"steps": 40}, {"cooldown": 0.5}, {"log_every": 2}, {"save_every": 3}, {"sample_every": 7},
+    {"keep": 4}, {"square": 0.2}, {"given": 0.3}, {"ignored": 0.3}, {"diagonal": 0.3},
+    {"noise_bias": 2.0}, {"favour_image": 0.9},
+])
+def test_how_long_how_told_and_where_in_the_square_may_change(whole, change):
+    assert Trainer(TOY.replace(**change), whole, cpu=True).step == 30
+
+
+def test_the_share_of_the_image_is_the_images(tmp_path):
+    trainer = Trainer(TOY.replace(favour_image=0.9), tmp_path, cpu=True)
+    share = dict(zip(trainer.clocks, trainer.mix.favour, strict=True))
+    assert share == pytest.approx({"image": 0.9, "text": 0.1})
+
+
+def test_a_process_that_is_not_the_first_leaves_the_folder_alone(tmp_path, monkeypatch):
+    """Two that clear leftovers at once would trip over each other's files."""
+    from accelerate import Accelerator
+
+    run(TOY.replace(steps=2), tmp_path)
+    prepared = []
+    monkeypatch.setattr(checkpoints, "prepare_folder", prepared.append)
+    monkeypatch.setattr(Accelerator, "is_main_process", False)
+    Trainer(TOY, tmp_path, cpu=True)
+    assert prepared == []
+    monkeypatch.setattr(Accelerator, "is_main_process", True)
+    Trainer(TOY, tmp_path, cpu=True)
+    assert prepared == [tmp_path]
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
