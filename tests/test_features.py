@@ -371,6 +371,13 @@ def test_no_more_shards_are_open_than_a_window_holds(encoded):
     assert len(source.sizes) == 8
 
 
+def test_the_shard_that_was_not_used_for_longest_is_closed(encoded):
+    source = FeatureSource(CFG.replace(data=str(encoded[0])), window=2)
+    for shard in (0, 1, 0, 2):
+        source.row(shard, 0)
+    assert list(source.open) == [0, 2]
+
+
 def test_a_process_reads_its_own_rows_only(encoded, monkeypatch):
     source = FeatureSource(CFG.replace(data=str(encoded[0])))
     read, real = [], source.row

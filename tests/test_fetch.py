@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from http.client import HTTPMessage
 from pathlib import Path
 
 import datasets
@@ -21,6 +22,7 @@ pytest.importorskip("img2dataset", reason="the extra fetch is not installed")
 
 from hostile_server import PRIVATE, HostileServer, crawl_rows
 
+from minidiffuser.data import download as downloads
 from minidiffuser.data import load_table
 from minidiffuser.data.download import (
     Limits,
@@ -28,7 +30,9 @@ from minidiffuser.data.download import (
     SafeResizer,
     Turn,
     check_address,
+    checked_url,
     download_row,
+    read_image,
 )
 from minidiffuser.data.fetch import fetch, read_shards
 
@@ -208,6 +212,42 @@ def test_the_resizer_refuses_formats_it_was_not_told_of():
         image.save(file, kind)
         *_, why = SafeResizer(64, "no", False, limits=Limits())(file)
         assert why == "truncated or corrupt image", kind
+
+
+@pytest.mark.parametrize("width, why", [(10, None), (11, "decompression bomb")])
+def test_the_limit_of_pixels_is_ours_and_not_pillows(width, why):
+    file = io.BytesIO()
+    Image.new("RGB", (width, 10)).save(file, "PNG")
+    assert SafeResizer(64, "no", False, limits=Limits(max_pixels=100))(file)[-1] == why
+
+
+def test_a_file_that_announces_too_many_bytes_is_not_waited_for():
+    class Response(io.BytesIO):
+        length, headers = 101, HTTPMessage()
+
+        def read(self, *_):
+            raise AssertionError("its body was asked for")
+
+    with pytest.raises(Refused, match="too many bytes"):
+        read_image(Response(), Limits(max_bytes=100))
+
+
+@pytest.mark.parametrize("url", ["http://a.example\\@127.0.0.1/x", "http:\\\\127.0.0.1/x",
+                                 "http:///x", "http://a.example:99999/x", "http://[::1/x"])
+def test_urls_that_are_read_in_two_ways_are_bad(url):
+    with pytest.raises(Refused, match="bad url"):
+        checked_url(url)
+
+
+def test_processes_share_the_rate(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(downloads, "img2dataset_download", lambda **_: seen.append(
+        vars(sys.modules["img2dataset.main"])["Downloader"].keywords["limits"].rate))
+    settings = {"folder": str(tmp_path), "processes": 4, "threads": 1, "retries": 0,
+                "distributor": "multiprocessing", "columns": [], "shard_rows": 10,
+                "image_size": 64, "limits": {"allow_hosts": [], "rate": 20.0}}
+    downloads.run(settings)
+    assert seen == [5.0]
 
 
 # ---- sources, settings, reading back -------------------------------------------------------------

@@ -110,9 +110,18 @@ def test_unreadable_and_blank_images_go():
     assert report.steps[0].dropped == {"not a readable image": 3, "blank": 2}
 
 
+def test_blank_is_what_has_hardly_any_contrast():
+    faint, clear = (Image.new("RGB", (32, 32), "white") for _ in range(2))
+    ImageDraw.Draw(faint).rectangle((0, 0, 15, 31), fill=(254, 254, 252))  # deviation: 1.5 of 255
+    ImageDraw.Draw(clear).rectangle((0, 0, 15, 31), fill=(255, 255, 245))  # 5
+    assert kept(filters.readable(), image=[encoded(faint), encoded(clear)])[0] == [1]
+    assert kept(filters.readable(contrast=1.0), image=[encoded(faint)])[0] == [0]
+
+
 def test_only_the_first_of_identical_files_stays():
     a, b = encoded(drawing(0)), encoded(drawing(1))
     assert kept(filters.exact_duplicates(), image=[a, b, a, a, b])[0] == [0, 1]
+    assert kept(filters.exact_duplicates(), image=[None, a, None, a])[0] == [0, 1, 2]
 
 
 def test_a_scaled_or_recompressed_copy_is_a_near_duplicate():
@@ -282,3 +291,20 @@ def test_a_configurations_steps_are_in_order_and_punsafe_is_on():
 def test_nothing_else_is_on_by_itself():
     with pytest.raises(ValueError, match="only punsafe is on by itself.*-readable"):
         filters.parse_all("min_size=32 -readable")
+
+
+@pytest.mark.parametrize("subset, least", [
+    ("laion-high-resolution", {"size": 1024}),
+    ("laion-improved-aesthetics", {"size": 512, "aesthetic": 5.0, "pwatermark": 0.5}),
+    ("laion-aesthetics-v2-5+", {"aesthetic": 5.0}),
+])
+def test_limits_of_the_subsets_are_those_published(subset, least):
+    """A row at the limits stays, and one just beyond any of them goes."""
+    good = {"WIDTH": 2000, "HEIGHT": least.get("size", 10), "LANGUAGE": "en", "punsafe": 0.1,
+            "aesthetic": 5.0, "pwatermark": 0.5}
+    changes = [{}, {"punsafe": 0.101}]
+    changes += [{"HEIGHT": least["size"] - 1}] if "size" in least else []
+    changes += [{"aesthetic": 4.99}] if "aesthetic" in least else []
+    changes += [{"pwatermark": 0.501}] if "pwatermark" in least else []
+    rows = [good | change for change in changes]
+    assert kept(subset_steps(subset), **{c: [row[c] for row in rows] for c in good})[0] == [0]

@@ -200,7 +200,10 @@ def exact_duplicates() -> Step:
         seen: set[bytes] = set()
 
         def why(value: Any) -> str | None:
-            digest = hashlib.sha256(_bytes_of(value) or b"").digest()
+            data = _bytes_of(value)
+            if data is None:  # no file is no other row's file
+                return None
+            digest = hashlib.sha256(data).digest()
             if digest in seen:
                 return "the same file as an earlier row"
             seen.add(digest)
