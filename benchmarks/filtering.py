@@ -23,10 +23,10 @@ import torch
 from PIL import Image
 
 from minidiffuser import UniDiffuser
-from minidiffuser.clip import load_scorer, similarity
+from minidiffuser.clip import load_scorer
 from minidiffuser.config import CLEAN_CLIPART, preset
 from minidiffuser.data import load_table
-from minidiffuser.metrics import mean_interval, token_f1, wilson
+from minidiffuser.metrics import mean, mean_similarity, proportion, token_f1
 from minidiffuser.pipeline import training_arrays
 from minidiffuser.plots import contact_sheet, to_png
 from minidiffuser.train import Trainer
@@ -43,40 +43,28 @@ def train(name: str, steps: int, runs: Path) -> tuple[UniDiffuser, int]:
     return UniDiffuser.from_pretrained(runs / name), len(training_arrays(cfg)[1])
 
 
-def mean(values: list[float]) -> dict:
-    """A mean with a 95% interval (of cosines too, which reach below 0)."""
-    shifted = mean_interval([(v + 1) / 2 for v in values])
-    return {"value": sum(values) / len(values), "interval": [2 * b - 1 for b in shifted],
-            "n": len(values)}
-
-
-def share(hits: list[bool]) -> dict:
-    return {"value": sum(hits) / len(hits), "interval": wilson(sum(hits), len(hits)),
-            "n": len(hits)}
-
-
 def score(
     pipe: UniDiffuser, images: list[Image.Image], captions: list[str], common: set
 ) -> tuple[dict, list[Image.Image]]:
     """Scores of both directions and of pairs from nothing; and the drawings for the captions."""
-    scorer = load_scorer("tiny")
-    made = pipe.sample(("image",), {"text": captions}, len(captions), **HOW)["image"]
-    written = pipe.sample(("text",), {"image": images}, len(images), **HOW)["text"]
-    pairs = pipe.sample(("image", "text"), None, len(images), **HOW)
+    scorer, n = load_scorer("tiny"), len(captions)
+    made = pipe.sample(("image",), {"text": captions}, n, **HOW)["image"]
+    written = pipe.sample(("text",), {"image": images}, n, **HOW)["text"]
+    pairs = pipe.sample(("image", "text"), None, n, **HOW)
     split = pipe.codecs["text"].split
     scores = {
-        "text_to_image": {"similarity": mean(similarity(scorer, made, captions).tolist())},
+        "text_to_image": {"similarity": mean_similarity(scorer, made, captions)},
         "image_to_text": {
-            "similarity": mean(similarity(scorer, images, written).tolist()),
-            "collection_names": share([folded(w) in common for w in written]),
+            "similarity": mean_similarity(scorer, images, written),
+            "collection_names": proportion(sum(folded(w) in common for w in written), n),
             "token_f1": mean([token_f1(list(map(str.casefold, split(w))),
                                        list(map(str.casefold, split(c))))
                               for w, c in zip(written, captions, strict=True)]),
             "examples": list(zip(captions, written, strict=True))[::13],
         },
         "joint": {
-            "similarity": mean(similarity(scorer, pairs["image"], pairs["text"]).tolist()),
-            "collection_names": share([folded(t) in common for t in pairs["text"]]),
+            "similarity": mean_similarity(scorer, pairs["image"], pairs["text"]),
+            "collection_names": proportion(sum(folded(t) in common for t in pairs["text"]), n),
         },
     }
     return scores, made
@@ -105,8 +93,8 @@ def main() -> None:
     scorer, turned = load_scorer("tiny"), captions[1:] + captions[:1]
     result = {
         "steps": args.steps, "batch_size": preset("clipart").batch_size, **HOW,
-        "reference": {"own captions": mean(similarity(scorer, images, captions).tolist()),
-                      "captions of another": mean(similarity(scorer, images, turned).tolist())},
+        "reference": {"own captions": mean_similarity(scorer, images, captions),
+                      "captions of another": mean_similarity(scorer, images, turned)},
     }
     shown = images[::10]
     for name, (pipe, seen) in models.items():

@@ -116,6 +116,9 @@ def evaluate(
     guidance_scale: Scale = 1.0,
     spacing: Spacing = "time",
     seed: Seed = 0,
+    clip: Annotated[str | None, typer.Option(
+        help="Add similarity by a CLIP: tiny, a folder, a hub name, open_clip:MODEL/WEIGHTS.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score a model on held-out captions and images, and on as many of the training set."""
@@ -124,19 +127,23 @@ def evaluate(
 
     pipe = UniDiffuser.from_pretrained(model)
     result = score(pipe, n=n, seed=seed, steps=steps, guidance_scale=guidance_scale,
-                   spacing=spacing)
+                   spacing=spacing, clip=clip)
     if as_json:
         typer.echo(json.dumps(result, indent=1))
         return
     for split in ("test", "train"):
         for name, entry in result[split].items():
             typer.echo(_score_line(f"{split}: {name}", entry))
-    typer.echo(_score_line("joint_top1", result["joint_top1"]))
+    for name in sorted(set(result) - {"test", "train", "settings"}, reverse=True):
+        typer.echo(_score_line(name, result[name]))
+    if clip:
+        typer.echo(f"similarity is on the scale of {result['settings']['clip']}, and comparable "
+                   "with no other model's")
 
 
 def _score_line(name: str, entry: dict) -> str:
     low, high = entry["interval"]
-    return f"{name:20s} {entry['value']:.3f}   95% [{low:.3f}, {high:.3f}]   n={entry['n']}"
+    return f"{name:25s} {entry['value']:.3f}   95% [{low:.3f}, {high:.3f}]   n={entry['n']}"
 
 
 @app.command()

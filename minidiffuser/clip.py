@@ -333,7 +333,8 @@ class HubCLIP:
             self.processor = AutoProcessor.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot load {name!r}: it is not the shipped 'tiny', a folder with a "
-                             f"CLIP, or a name that can be downloaded now: {error}") from None
+                             f"CLIP, or a name that can be downloaded now: {_line(error)}"
+                             ) from None
         self.name = name
 
     @torch.no_grad()
@@ -346,6 +347,10 @@ class HubCLIP:
         inputs = self.processor(text=list(texts), return_tensors="pt", padding=True,
                                 truncation=True)
         return F.normalize(_tensor(self.model.get_text_features(**inputs)).float(), dim=-1)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _tensor(output) -> Tensor:
@@ -376,7 +381,7 @@ class OpenCLIP:
             self.model, _, self.preprocess = library.create_model_and_transforms(
                 kind, pretrained=weights)
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"cannot download {self.name}: {error}") from None
+            raise ValueError(f"cannot download {self.name}: {_line(error)}") from None
         self.tokenizer = library.get_tokenizer(kind)
         self.model.eval()
 

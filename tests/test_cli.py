@@ -265,6 +265,17 @@ def test_evaluate_as_a_table(cli, model_folder):
     assert all(re.search(r"  \d\.\d{3}   95% \[\d\.\d{3}, \d\.\d{3}\]   n=2$", x) for x in lines)
 
 
+def test_evaluate_with_the_tiny_clip_says_whose_scale_it_is(cli, model_folder):
+    ran = cli("evaluate", model_folder, "--n", 2, "--steps", 2, "--clip", "tiny")
+    assert ran.code == 0, ran.err
+    names = [line.split("  ")[0].strip() for line in ran.out.splitlines()]
+    kinds = ("t2i", "i2t", "own", "other")
+    assert {f"{s}: {k}_similarity" for s in ("test", "train") for k in kinds} < set(names)
+    assert names[-3:-1] == ["joint_top1", "joint_similarity"]
+    assert "comparable with no other model's" in names[-1] and "tiny" in names[-1]
+    fails(cli("evaluate", model_folder, "--n", 2, "--clip", "tinny"), "cannot load 'tinny'")
+
+
 def test_evaluate_of_too_little_or_nothing(cli, model_folder):
     fails(cli("evaluate", model_folder, "--n", 1), "n=1")
     fails(cli("evaluate", "emojy"), "no model 'emojy'")

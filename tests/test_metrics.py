@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support import TOY
 
@@ -167,6 +168,49 @@ def test_another_rows_image_and_caption_score_0(some, codecs):
         entry = result[split]["i2t_token_f1"]
         low, high = entry["interval"]
         assert low <= entry["value"] <= high < 0.5  # not 0: neighbours share "flag", ":"
+
+
+class Echo:
+    """A CLIP that knows: an image's vector is that of the row it is of, and so is a caption's."""
+
+    name = "echo"
+
+    def __init__(self, stub):
+        self.stub, self.axes = stub, torch.eye(len(stub.captions))
+
+    def images(self, images):
+        return self.axes[[self.stub.by_pixels[np.asarray(i).tobytes()] for i in images]]
+
+    def texts(self, texts):
+        return self.axes[[self.stub.by_caption[t] for t in texts]]
+
+
+@pytest.mark.parametrize("shift, made", [(0, 1.0), (7, 0.0)])
+def test_similarity_is_of_what_was_made_and_what_it_was_made_from(some, codecs, shift, made):
+    few = {split: (np.unique(images, axis=0), captions[:len(np.unique(images, axis=0))])
+           for split, (images, captions) in some.items()}  # every image another, to be known by
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "training_arrays", lambda cfg, split: few[split])
+        stub = Stub(few, codecs, shift)
+        result = evaluate(stub, n=20, clip=Echo(stub))
+    for split in ("train", "test"):
+        values = {k: v["value"] for k, v in result[split].items() if k.endswith("similarity")}
+        assert values == {"t2i_similarity": made, "i2t_similarity": made, "own_similarity": 1.0,
+                          "other_similarity": 0.0}
+    assert result["joint_similarity"]["value"] == made
+    assert result["settings"]["clip"] == "echo"
+
+
+def test_without_a_clip_there_is_no_similarity(some, codecs):
+    result = evaluate(Stub(some, codecs), n=5)
+    assert "joint_similarity" not in result and "clip" not in result["settings"]
+    assert not any("similarity" in name for name in result["test"])
+
+
+def test_an_interval_of_cosines_reaches_below_0():
+    low, high = mean_interval([-0.4, 0.1, -0.2, 0.3], least=-1.0)
+    assert -1 < low < -0.05 < high
+    assert mean_interval([-1.0, -0.9], least=-1.0)[0] == -1.0
 
 
 def test_half_right_scores_half(some, codecs):
