@@ -90,7 +90,7 @@ def measure_retrieval(tables: dict, steps: int, out: Path, report: Path) -> None
         print(label, json.dumps(found["retrieval"][label]), flush=True)
     model.save(out)
     found["parameters"] = sum(p.numel() for p in model.parameters())
-    found["bytes"] = sum(f.stat().st_size for f in out.iterdir())
+    found["bytes"] = sum(f.stat().st_size for f in out.iterdir() if f.suffix != ".md")
     report.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -119,6 +119,11 @@ def test_the_readme_quotes_what_the_tiny_clip_retrieves():
                          for model in ("untrained", "clean"))
         n = found["clean"][table]["n"]
         assert f"| {table}, {n} pairs | {before:.2f} | {after:.2f} |" in text
+    card = (ROOT / "data" / "checkpoints" / "clip" / "README.md").read_text()
+    for model in found.values():
+        cells = [f"{model[table][way]['recall@1']:.2f}, {model[table][way]['recall@5']:.2f}"
+                 for table in ("emoji", "clipart") for way in ("image_to_text", "text_to_image")]
+        assert f"| {' | '.join(cells)} |" in card
 
 
 def test_the_readmes_picture_is_what_the_demo_makes(tmp_path):
