@@ -51,8 +51,11 @@ class Flipbook(w.VBox):
         self.slider = w.SelectionSlider(
             options=[(label, i) for i, label in enumerate(labels)], description=description,
             style={"description_width": "initial"}, layout=w.Layout(width="480px"),
+            readout=False,  # it cuts labels off; each page has its own above the picture
         )
-        self.pages = w.Stack([w.HTML(picture(data, alt)) for data in pictures], selected_index=0)
+        self.pages = w.Stack([w.HTML(f"<div>{html.escape(label)}</div>{picture(data, alt)}")
+                              for data, label in zip(pictures, labels, strict=True)],
+                             selected_index=0)
         self.link = w.jslink((self.slider, "index"), (self.pages, "selected_index"))
         super().__init__([self.slider, self.pages])
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 VIEW = "application/vnd.jupyter.widget-view+json"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 AREAS = ".jp-OutputArea-output:has(.jupyter-widgets)"  # outputs that show a living widget
-START, RUN = 60, 120  # seconds that the server, and a lesson, may take
+START, RUN = 120, 500  # seconds that the server, and a lesson, may take on a busy machine
 
 log = logging.getLogger(__name__)
 pytestmark = pytest.mark.slow
@@ -101,7 +101,7 @@ def run_all(page, widgets: int) -> None:
 def changed(page, area):
     """What is done inside must change a picture of the widget.  Yields a list, for the seconds."""
     pictures = "a => [...a.querySelectorAll('img')].map(i => i.src).join()"
-    area.locator("img").first.wait_for(timeout=20_000)
+    area.locator("img").first.wait_for(timeout=START * 1000)
     before = area.evaluate(pictures)
     seconds, start = [], time.perf_counter()
     yield seconds

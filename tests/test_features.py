@@ -230,7 +230,7 @@ def test_killed_half_way_and_resumed_the_bytes_are_the_same(table, tmp_path):
     out = tmp_path / "killed"
     run = subprocess.Popen([sys.executable, "-c", SCRIPT, str(table), str(out), "2"],
                            env={**os.environ, "OMP_NUM_THREADS": "1"})
-    waiting = time.monotonic() + 60
+    waiting = time.monotonic() + 300
     while len(list(out.glob("shard_*.json"))) < 5 and time.monotonic() < waiting:
         time.sleep(0.01)
     os.kill(run.pid, signal.SIGKILL)

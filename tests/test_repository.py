@@ -305,7 +305,7 @@ def make(folder: Path, *words: str, ok: bool = True) -> list[str]:
     environment = {k: v for k, v in os.environ.items()
                    if k not in ("HF_HUB_OFFLINE", "MAKEFLAGS", "MAKELEVEL", "ARGS")}
     done = subprocess.run(["make", "PYTHON=./recorder", *words], cwd=folder, env=environment,
-                          capture_output=True, text=True, timeout=60)
+                          capture_output=True, text=True, timeout=300)
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return log.read_text().splitlines()
 

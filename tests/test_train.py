@@ -173,7 +173,7 @@ def test_kill_9_at_random_moments_changes_nothing(whole, tmp_path):
     for _ in range(5):
         process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL)
-        deadline, start = time.monotonic() + 60, len(checkpoints.all_steps(tmp_path))
+        deadline, start = time.monotonic() + 300, len(checkpoints.all_steps(tmp_path))
         newest = max(checkpoints.all_steps(tmp_path), default=None)
         while process.poll() is None and time.monotonic() < deadline:
             if max(checkpoints.all_steps(tmp_path), default=None) != newest:

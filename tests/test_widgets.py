@@ -59,6 +59,14 @@ def test_the_flipbook_has_a_page_for_each_stop_of_its_slider():
     assert 'alt="numbers"' in book.pages.children[2].value
 
 
+def test_each_page_says_which_it_is_however_long_that_takes():
+    """The slider's own readout would cut it off."""
+    label = "caption_repeats=4: 2,650 rows & more"
+    book = Flipbook([b"one", b"two"], ["raw", label], "after", alt="rows")
+    assert not book.slider.readout
+    assert "<div>caption_repeats=4: 2,650 rows &amp; more</div>" in book.pages.children[1].value
+
+
 @pytest.mark.parametrize("pictures, labels", [([], []), ([b"one"], ["1", "2"])])
 def test_the_flipbook_needs_a_label_for_each_picture(pictures, labels):
     with pytest.raises(ValueError, match=f"got {len(pictures)} pictures and {len(labels)} labels"):
