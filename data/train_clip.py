@@ -5,8 +5,9 @@
 Two stages, which can be run one by one with --stage:
 
 retrieval    writes data/checkpoints/clip and benchmarks/clip.json: recall on held-out pairs of the
-             same network untrained, trained on clipart as it is, and trained on clipart after
-             cleaning, for as many steps; the last is the one that is shipped.
+             same network untrained; trained on emoji and the titles of clipart as it is; on those
+             that are left after cleaning; and on these with the uploaders' keywords too, for as
+             many steps.  The last is the one that is shipped.
 similarity   scores each row of clipart by a model that has not seen its picture (four models, each
              trained without a quarter of the pictures): a model's own training pairs all look
              alike to it, good or bad.  The held-out split is scored by the shipped model.
@@ -77,13 +78,15 @@ def measure_retrieval(tables: dict, steps: int, out: Path, report: Path) -> None
     """Train the three models, write recall on held-out pairs, and keep the last model."""
     emoji = examples(load_table("emoji"), titles_only=True)
     raw = examples(tables["train"], titles_only=True)
-    clean = examples(filters.apply(tables["train"], CLEAN)[0], titles_only=False)
+    kept, _ = filters.apply(tables["train"], CLEAN)
+    clean, described = (examples(kept, titles_only=t) for t in (True, False))
     # One tokenizer for all, so that only the training differs.
-    tokenizer = fit_tokenizer([t for x in (emoji, clean, raw) for row in x[1] for t in row],
+    tokenizer = fit_tokenizer([t for x in (emoji, described, raw) for row in x[1] for t in row],
                               ClipConfig().vocabulary)
     tests = {"clipart": tables["test"], "emoji": load_table("emoji", "test")}
     found = {"steps": steps, "retrieval": {}}
-    for label, own in (("untrained", None), ("raw", raw), ("clean", clean)):
+    for label, own in (("untrained", None), ("raw", raw), ("clean", clean),
+                       ("keywords", described)):
         model = trained(tokenizer, own and together(emoji, own), steps, label)
         found["retrieval"][label] = {name: retrieval(model, t["image"][:], t["TEXT"][:])
                                      for name, t in tests.items()}

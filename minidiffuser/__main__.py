@@ -134,9 +134,9 @@ def evaluate(
     for split in ("test", "train"):
         for name, entry in result[split].items():
             typer.echo(_score_line(f"{split}: {name}", entry))
-    for name in sorted(set(result) - {"test", "train", "settings"}, reverse=True):
-        typer.echo(_score_line(name, result[name]))
+    typer.echo(_score_line("joint_top1", result["joint_top1"]))
     if clip:
+        typer.echo(_score_line("joint_similarity", result["joint_similarity"]))
         typer.echo(f"similarity is on the scale of {result['settings']['clip']}, and comparable "
                    "with no other model's")
 

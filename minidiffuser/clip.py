@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from .checkpoints import shipped_folders
 from .data import filters
+from .errors import first_line
 from .images import to_uint8
 
 if TYPE_CHECKING:
@@ -333,7 +334,7 @@ class HubCLIP:
             self.processor = AutoProcessor.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot load {name!r}: it is not the shipped 'tiny', a folder with a "
-                             f"CLIP, or a name that can be downloaded now: {_line(error)}"
+                             f"CLIP, or a name that can be downloaded now: {first_line(error)}"
                              ) from None
         self.name = name
 
@@ -347,10 +348,6 @@ class HubCLIP:
         inputs = self.processor(text=list(texts), return_tensors="pt", padding=True,
                                 truncation=True)
         return F.normalize(_tensor(self.model.get_text_features(**inputs)).float(), dim=-1)
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _tensor(output) -> Tensor:
@@ -381,7 +378,7 @@ class OpenCLIP:
             self.model, _, self.preprocess = library.create_model_and_transforms(
                 kind, pretrained=weights)
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"cannot download {self.name}: {_line(error)}") from None
+            raise ValueError(f"cannot download {self.name}: {first_line(error)}") from None
         self.tokenizer = library.get_tokenizer(kind)
         self.model.eval()
 

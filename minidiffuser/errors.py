@@ -29,6 +29,11 @@ def choose(what: str, name: str, table: Mapping[str, V]) -> V:
     return table[name]
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says first, for a message of one line; its kind, if nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
 def explained(folder: Path) -> Iterator[None]:
     """Turn a failure to write into a ValueError that says where, why and what to do."""

@@ -51,14 +51,17 @@ def training_arrays(cfg: Config, split: str = "train") -> tuple[np.ndarray, list
     """Images (N, size, size, 3) uint8 and captions (N) of a configuration's table.
 
     The configuration's filters clean the split ``train``, and no other.  Features have no images:
-    they are those of the table that the features were made from.
+    they are those of the table that the features were made from, with the filters of then.
     """
     from .data import filters, load_table
     from .data.features import is_features, read_index
 
-    name = read_index(cfg.data)["source"] if is_features(cfg.data) else cfg.data
-    if cfg.filters and split == "train":
-        table, report = filters.apply(load_table(name), filters.parse_all(cfg.filters))
+    name, steps = cfg.data, cfg.filters
+    if is_features(cfg.data):
+        index = read_index(cfg.data)
+        name, steps = index["source"], index["filters"]
+    if steps and split == "train":
+        table, report = filters.apply(load_table(name), filters.parse_all(steps))
         log.info("%s", report)
         table = table.select_columns(["image", "TEXT"])
     else:

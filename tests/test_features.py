@@ -307,6 +307,23 @@ def test_features_of_other_settings_are_refused_by_training(encoded, tmp_path):
         Trainer(cfg, tmp_path / "run", cpu=True)
 
 
+def test_features_that_were_not_filtered_as_the_run_asks_are_refused(encoded, table, tmp_path):
+    """Else `train clipart --data F` would train on the noise that its filters are there for."""
+    asks = CFG.replace(filters="-punsafe readable")
+    with pytest.raises(ValueError, match="made with filters='', and not with '-punsafe readable'"):
+        FeatureSource(asks.replace(data=str(encoded[0])))
+    encode(table, tmp_path / "f", asks, shard_rows=100)
+    for cfg in (asks, CFG):  # without filters they are taken as they are
+        FeatureSource(cfg.replace(data=str(tmp_path / "f")))
+
+
+def test_scores_on_train_are_of_the_rows_that_features_were_made_of(tmp_path):
+    cfg = CFG.replace(filters="-punsafe caption_words=1,2")
+    encode("emoji", tmp_path / "f", cfg, shard_rows=4000)
+    _, captions = training_arrays(CFG.replace(data=str(tmp_path / "f")))
+    assert captions and max(len(c.split()) for c in captions) == 2
+
+
 def test_a_damaged_shard_is_named(encoded, tmp_path):
     out = shutil.copytree(encoded[0], tmp_path / "out")
     (out / "shard_00000.safetensors").write_bytes(b"torn")

@@ -34,7 +34,7 @@ from minidiffuser.data.download import (
     download_row,
     read_image,
 )
-from minidiffuser.data.fetch import fetch, read_shards
+from minidiffuser.data.fetch import fetch, prepare, read_shards
 
 ROOT = Path(__file__).parents[1]
 HOST = "127.0.0.1"
@@ -306,14 +306,29 @@ def test_a_damaged_shard_is_named_and_fetched_again(small, tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"limit": 0}, "limit must be above 0"), ({"rate": -1.0}, "rate must be above 0"),
     ({"subset": "laion"}, "unknown subset 'laion'"), ({"distributor": "slurm"}, "distributor must"),
-    ({"distributor": "pyspark"}, "this fetch needs pyspark: pip install 'pyspark'"),
     ({"without": ["punsave"]}, "unknown filter of all 'punsave'"),
+    ({"retries": -1}, "retries must be at least 0"),
 ])
 def test_bad_settings_are_refused(change, message, tmp_path):
     source = write_table(tmp_path / "a.parquet", ["http://x/a"], punsafe=[0.0])
     with pytest.raises(ValueError, match=message):
         fetch(source, tmp_path / "out", **change)
     assert not (tmp_path / "out" / "fetch.json").exists()
+
+
+def test_rows_of_a_larger_fetch_that_was_killed_are_not_asked_for(tmp_path):
+    """It had written some of its input, and not yet what it is a fetch of."""
+    source = write_table(tmp_path / "a.parquet", [f"http://x/{i}" for i in range(9)])
+    folder = tmp_path / "out" / "input"
+    folder.mkdir(parents=True)
+    for left in ("00000", "00001"):
+        write_table(folder / f"{left}.parquet", ["http://x/left"])
+    what = {"source": str(source), "limit": 2, "subset": "all", "without": ["punsafe"],
+            "shard_rows": 10, "image_size": 64}
+    prepare(what, tmp_path / "out")
+    asked = [url for f in folder.glob("*") for url in parquet.read_table(f)["URL"].to_pylist()]
+    assert asked == ["http://x/0", "http://x/1"]
+    assert json.loads((tmp_path / "out" / "fetch.json").read_text())["rows"] == 2
 
 
 def test_a_source_that_does_not_fit_is_explained(tmp_path):
@@ -339,14 +354,17 @@ def test_a_hub_name_says_what_it_needs_offline(tmp_path, monkeypatch):
         fetch("laion/relaion2B-en-research-safe", tmp_path / "out", limit=10)
 
 
-def test_the_extra_is_named_where_it_is_missing(monkeypatch, tmp_path):
+@pytest.mark.parametrize("library, package, how", [
+    ("img2dataset", r"minidiffuser\[fetch\]", {}), ("ray", "ray", {"distributor": "ray"}),
+    ("pyspark", "pyspark", {"distributor": "pyspark"})])
+def test_what_is_missing_is_named_and_what_installs_it(library, package, how, monkeypatch, tmp_path):
     import importlib.util
 
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec",
-                        lambda name, *a: None if name == "img2dataset" else real(name, *a))
-    with pytest.raises(ValueError, match=r"minidiffuser\[fetch\]"):
-        fetch("x", tmp_path)
+                        lambda name, *a: None if name == library else real(name, *a))
+    with pytest.raises(ValueError, match=f"this fetch needs {library}: pip install '{package}'"):
+        fetch("x", tmp_path, **how)
 
 
 def test_the_command_prints_the_report(cli, server, tmp_path):

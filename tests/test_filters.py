@@ -218,12 +218,6 @@ def test_the_three_subsets_of_stable_diffusion():
     assert kept(subset_steps("laion2B-en", ["punsafe"]), **rows)[0] == [0, 1, 3]
 
 
-def test_subset_filter_is_a_function_of_a_table():
-    clean, report = filters.subset_filter("laion2B-en")(
-        table_of(LANGUAGE=["en", "fr"], punsafe=[0.0, 0.0]))
-    assert len(clean) == 1 and report.kept == 1
-
-
 @pytest.mark.parametrize("text, name", [
     ("min_size=32", "min_size"), ("language=en, nolang", "language"), ("readable", "readable"),
     ("similarity=0.28", "similarity"), ("near_duplicates=2,8", "near_duplicates")])

@@ -64,7 +64,8 @@ class Limits:
 
     Args:
         timeout: seconds without a sign of life. deadline: seconds for all of it, with redirects.
-        max_bytes: of a file. max_pixels: of an image. redirects: how many are followed.
+        max_bytes: of a file. max_pixels: of an image. min_side: pixels of its shorter side.
+        redirects: how many are followed.
         allow_hosts: hosts that may have a private address, as their URLs write them.
         rate: requests begun per second by this process; None for no limit.
     """

@@ -128,12 +128,7 @@ def canonical(table: "datasets.Dataset", where: str | os.PathLike) -> "datasets.
     Raises:
         ValueError: it has no image or no caption; a URL it may lack.
     """
-    names = filters.columns_of(table)
-    for needed in ("image", "TEXT"):
-        if needed not in names:
-            raise ValueError(f"{where} has no column {needed} (or "
-                             f"{', '.join(filters.ALIASES[needed])}); it has: "
-                             f"{', '.join(table.column_names)}")
+    names = filters.columns_needed(table, ("image", "TEXT"), where)
     table = filters.raw_images(table, names)
     own = {names[name]: name for name in ("image", "TEXT", "URL") if name in names}
     return table.select_columns(list(own)).rename_columns(own)
@@ -442,8 +437,16 @@ def report_of(index: dict[str, Any]) -> EncodeReport:
 
 
 def check_fits(folder: str | os.PathLike, cfg: "Config") -> None:
-    """Refuse features that were made with other settings. Raises ValueError saying which."""
-    theirs = read_index(folder)["config"]
+    """Refuse features that were made with other settings. Raises ValueError saying which.
+
+    A run without filters takes the features' rows as they are, whatever cleaned them.
+    """
+    index = read_index(folder)
+    theirs = index["config"]
+    if cfg.filters and cfg.filters != index["filters"]:
+        raise ValueError(f"the features in {folder} were made with filters={index['filters']!r}, "
+                         f"and not with {cfg.filters!r}: encode again, or train with "
+                         "--filters \"\", which takes them as they are")
     differs = [f"{key} is {theirs[key]!r} there and {getattr(cfg, key)!r} here" for key in DECIDES
                if theirs[key] != getattr(cfg, key)]
     if differs:

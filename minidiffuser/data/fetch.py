@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import explained
+from ..errors import explained, first_line
 from . import filters
 
 if TYPE_CHECKING:
@@ -112,6 +112,8 @@ def fetch(
     for name, value in numbers.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be above 0, got {value}")
+    if retries < 0:
+        raise ValueError(f"retries must be at least 0, got {retries}")
     if distributor not in ("multiprocessing", "pyspark", "ray"):
         raise ValueError(f"distributor must be multiprocessing, pyspark or ray: {distributor!r}")
     require("img2dataset", "minidiffuser[fetch]")
@@ -163,12 +165,7 @@ def prepare(what: dict[str, Any], out: Path) -> None:
         return
     table = open_source(what["source"])
     steps = filters.subset_steps(what["subset"], what["without"])
-    names = filters.columns_of(table)
-    for needed in ("URL", "TEXT"):
-        if needed not in names:
-            raise ValueError(f"{what['source']} has no column {needed} (or "
-                             f"{', '.join(filters.ALIASES[needed])}); it has: "
-                             f"{', '.join(table.column_names)}")
+    names = filters.columns_needed(table, ("URL", "TEXT"), what["source"])
     kept, report = filters.apply(table, steps)
     if what["limit"]:
         kept = kept.take(what["limit"])
@@ -201,10 +198,10 @@ def open_source(source: str) -> "datasets.IterableDataset":
         return table if table.column_names else table._resolve_features()
     except Exception as error:  # the library raises many kinds, above all where there is no network
         if files:
-            raise ValueError(f"{source} is not readable as parquet: {error}") from None
+            raise ValueError(f"{source} is not readable as parquet: {first_line(error)}") from None
         raise ValueError(f"{source!r} is not a parquet file, a folder of them, or a dataset that "
                          "can be read from the Hugging Face hub now; offline, download its parquet "
-                         f"files elsewhere and give their folder ({error})") from None
+                         f"files elsewhere and give their folder ({first_line(error)})") from None
 
 
 def write_input(
@@ -217,6 +214,8 @@ def write_input(
     import pyarrow as pa
     from pyarrow import parquet
 
+    for left in folder.glob("*.parquet"):  # of a run that was killed here and asked for more
+        left.unlink()
     canonical = {own: name for name, own in names.items() if name != "image"}
     left_out = TAKEN | {names.get("image")}
     writer, rows, part, schema = None, 0, 0, None

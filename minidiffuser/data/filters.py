@@ -53,6 +53,16 @@ def columns_of(table: "datasets.Dataset | datasets.IterableDataset") -> dict[str
             for name, aliases in ALIASES.items() if any(a in present for a in aliases)}
 
 
+def columns_needed(table: Any, needed: Sequence[str], where: Any) -> dict[str, str]:
+    """Canonical name -> the table's own. Raises ValueError naming the first that is missing."""
+    names = columns_of(table)
+    for name in needed:
+        if name not in names:
+            raise ValueError(f"{where} has no column {name} (or {', '.join(ALIASES[name])}); it "
+                             f"has: {', '.join(table.column_names)}")
+    return names
+
+
 @dataclass(frozen=True)
 class Step:
     """One named filter.
@@ -484,8 +494,3 @@ def parse_all(text: str) -> list[Step]:
         raise ValueError(f"only punsafe is on by itself and can be switched off, not {off}")
     steps = [parse(w) for w in words if w not in off]
     return steps if off or not words else [punsafe(), *steps]
-
-
-def subset_filter(name: str, without: Sequence[str] = ()) -> Callable[[Any], tuple[Any, Report]]:
-    """A function from a table to its part in the subset, and the report."""
-    return partial(apply, steps=subset_steps(name, without))
