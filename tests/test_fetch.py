@@ -34,7 +34,7 @@ from minidiffuser.data.download import (
     download_row,
     read_image,
 )
-from minidiffuser.data.fetch import fetch, prepare, read_shards
+from minidiffuser.data.fetch import fetch, prepare, read_shards, shard_table
 
 ROOT = Path(__file__).parents[1]
 HOST = "127.0.0.1"
@@ -301,6 +301,34 @@ def test_a_damaged_shard_is_named_and_fetched_again(small, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-40])
     with pytest.raises(ValueError, match=f"{shard.name}.*is damaged.*run the same fetch again"):
         read_shards(folder)
+    report = fetch(small[0] / "parts", folder, subset="laion2B-en", limit=3,
+                   **{**QUICK, "without": []})
+    assert report.fetched == 3 and len(read_shards(folder)) == 3
+
+
+def test_rows_come_back_in_the_order_of_the_source(tmp_path):
+    """However they finished: workers write a shard as its downloads end."""
+    names = ["key", "jpg", "url", "caption", "original_width", "original_height", "sha256", "row"]
+    rows = [2, 0, 1, 3]
+    columns = [[str(r) for r in rows], [b"x"] * 4, [f"u{r}" for r in rows], ["t"] * 4, [1] * 4,
+               [1] * 4, ["s"] * 4, rows]
+    status = ["success"] * 3 + ["failed_to_download"]
+    (tmp_path / "shards").mkdir()
+    parquet.write_table(pa.table({**dict(zip(names, columns, strict=True)), "status": status}),
+                        tmp_path / "shards" / "00000.parquet")
+    assert shard_table(tmp_path, "00000")["URL"].to_pylist() == ["u0", "u1", "u2"]
+
+
+def test_a_long_input_is_written_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr("minidiffuser.data.fetch.PART_ROWS", 1000)
+    source = write_table(tmp_path / "a.parquet", [f"http://x/{i}" for i in range(2500)])
+    what = {"source": str(source), "limit": None, "subset": "all", "without": ["punsafe"],
+            "shard_rows": 10, "image_size": 64}
+    prepare(what, tmp_path / "out")
+    parts = sorted((tmp_path / "out" / "input").glob("*.parquet"))
+    tables = [parquet.read_table(part) for part in parts]
+    assert [len(t) for t in tables] == [1000, 1000, 500]
+    assert [r for t in tables for r in t["row"].to_pylist()] == list(range(2500))
 
 
 @pytest.mark.parametrize("change, message", [
@@ -357,7 +385,9 @@ def test_a_hub_name_says_what_it_needs_offline(tmp_path, monkeypatch):
 @pytest.mark.parametrize("library, package, how", [
     ("img2dataset", r"minidiffuser\[fetch\]", {}), ("ray", "ray", {"distributor": "ray"}),
     ("pyspark", "pyspark", {"distributor": "pyspark"})])
-def test_what_is_missing_is_named_and_what_installs_it(library, package, how, monkeypatch, tmp_path):
+def test_what_is_missing_is_named_with_what_installs_it(
+    library, package, how, monkeypatch, tmp_path
+):
     import importlib.util
 
     real = importlib.util.find_spec

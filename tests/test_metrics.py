@@ -213,6 +213,18 @@ def test_an_interval_of_cosines_reaches_below_0():
     assert mean_interval([-1.0, -0.9], least=-1.0)[0] == -1.0
 
 
+def test_a_mean_similarity_below_0_has_its_interval_there(some, codecs):
+    stub = Stub(some, codecs)
+
+    class Contrary(Echo):
+        def texts(self, texts):
+            return -super().texts(texts) * torch.linspace(0.4, 0.6, len(texts))[:, None]
+
+    found = metrics.mean_similarity(Contrary(stub), stub.pixels[:9], stub.captions[:9])
+    low, high = found["interval"]
+    assert found["value"] == pytest.approx(-0.5) and -0.6 < low < -0.5 < high < -0.4
+
+
 def test_half_right_scores_half(some, codecs):
     class Half(Stub):
         def _row(self, i):

@@ -116,8 +116,8 @@ def test_the_readme_quotes_what_the_tiny_clip_retrieves():
     text = (ROOT / "README.md").read_text()
     for table in ("emoji", "clipart"):
         before, after = (found[model][table]["image_to_text"]["recall@1"]
-                         for model in ("untrained", "clean"))
-        n = found["clean"][table]["n"]
+                         for model in ("untrained", "keywords"))
+        n = found["keywords"][table]["n"]
         assert f"| {table}, {n} pairs | {before:.2f} | {after:.2f} |" in text
     card = (ROOT / "data" / "checkpoints" / "clip" / "README.md").read_text()
     for model in found.values():
