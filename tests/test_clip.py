@@ -256,6 +256,12 @@ def test_a_clip_of_transformers_takes_its_place(hub_folder):
     assert similarity(scorer, images, ["red apple", "blue"]).shape == (2,)
 
 
+def test_a_clip_of_transformers_reads_the_beginning_of_a_long_text(hub_folder):
+    scorer = load_scorer(hub_folder)
+    long, beginning = scorer.texts(["red " * 7 + "apple " * 50, "red " * 7 + "apple"])
+    torch.testing.assert_close(long, beginning)
+
+
 def test_a_name_that_cannot_be_had_is_explained(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="cannot load 'openai/nothing': it is not the shipped"):
