@@ -19,7 +19,7 @@ app.add_typer(data.app, name="data")
 
 # Shown when something is written over by default.
 Out = Annotated[Path | None, typer.Option(help="Where to write; a name is made up by default.")]
-Model = Annotated[str, typer.Option(help="A shipped model, or a folder.")]
+Model = Annotated[str, typer.Option(help="A shipped model, a folder, or thu-ml/unidiffuser-v1.")]
 Steps = Annotated[int, typer.Option(help="Solver steps.")]
 Scale = Annotated[float, typer.Option(help="s of (1 + s) cond - s uncond; 0 for none.")]
 Spacing = Annotated[str, typer.Option(help="The solver's times are even in: time or logsnr.")]

@@ -24,10 +24,10 @@ from .errors import explained
 
 log = logging.getLogger(__name__)
 
-# May change when a run is continued: how long it is, what it reports, and where in the timestep
-# square it trains, but not what is trained.
+# May change when a run is continued: how long it is, what it reports, where in the timestep square
+# it trains and where pretrained weights lie (codecs know their hash), but not what is trained.
 FREE = {"steps", "cooldown", "log_every", "save_every", "sample_every", "keep",
-        "square", "given", "ignored", "diagonal", "noise_bias", "favour_image"}
+        "square", "given", "ignored", "diagonal", "noise_bias", "favour_image", "pretrained"}
 
 
 def shipped_folders() -> list[Path]:

@@ -150,6 +150,7 @@ class Config:
     caption_codes: str = "semantic"  # semantic | random: where the words' codes come from
     caption_length: int = 16         # tokens of a caption
     caption_dim: int = 32            # numbers per token
+    pretrained: str = "thu-ml/unidiffuser-v1"  # weights of the codecs sd-vae+clip and clip+gpt2
     # ---- network ----
     dim: int = 320
     depth: int = 6

@@ -15,12 +15,13 @@ import pickle
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .config import UViTConfig, preset
+from .config import Config, UViTConfig, preset
 from .errors import explained, suggest
 from .uvit import UViT
 
@@ -61,6 +62,26 @@ def _table(text: str) -> dict[str, dict[str, tuple[str, ...]]]:
 
 
 OUTER, BLOCK = _table(_OUTER), _table(_BLOCK)
+
+
+def config_of_diffusers(unet: Mapping[str, Any], source: str) -> Config:
+    """The configuration of a network that diffusers stored.
+
+    Args:
+        unet: the values of ``unet/config.json``.
+        source: where the weights of the codecs beside it are.
+
+    Raises:
+        KeyError: values are missing, as in the file of another kind of network.
+    """
+    kinds = 2 if unet.get("use_data_type_embedding") else 0
+    return preset("unidiffuser-v1").replace(
+        pretrained=source, data_types=kinds, checkpoint=False,
+        dim=unet["num_attention_heads"] * unet["attention_head_dim"], depth=unet["num_layers"],
+        heads=unet["num_attention_heads"], patch=unet["patch_size"],
+        image_size=8 * unet["sample_size"], caption_length=unet["num_text_tokens"],
+        caption_dim=unet["text_dim"],
+    )
 
 
 def convert(

@@ -102,6 +102,14 @@ def fit_square(image: Image.Image, side: int) -> Image.Image:
     return canvas
 
 
+def crop_square(image: Image.Image, side: int) -> Image.Image:
+    """RGB of ``side`` x ``side``: the largest square in the middle."""
+    short = min(image.size)
+    left, top = ((n - short) // 2 for n in image.size)
+    square = image.crop((left, top, left + short, top + short))
+    return square.resize((side, side), Image.Resampling.LANCZOS)
+
+
 def to_uint8(images: Sequence[ImageLike], side: int) -> np.ndarray:
     """Images -> (B, side, side, 3) uint8."""
     if len(images) == 0:

@@ -29,8 +29,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import checkpoints, seeds, solvers
-from .codecs import PCACodec, PixelCodec, WordCodec
+from .codecs import (
+    CODECS,
+    CaptionDecoderCodec,
+    PCACodec,
+    PixelCodec,
+    Pretrained,
+    StableDiffusionCodec,
+    WordCodec,
+    by_part,
+    shapes_of,
+)
+from .codecs.pretrained import find_components, weights_file
 from .config import Config
+from .convert import config_of_diffusers, convert, load_weights
 from .errors import choose, explained, suggest
 from .images import ImageLike, to_uint8
 from .schedule import NoiseSchedule
@@ -39,9 +51,12 @@ from .uvit import UViT
 
 log = logging.getLogger(__name__)
 
-CODECS = {codec.kind: codec for codec in (PixelCodec, PCACodec, WordCodec)}
-Codecs = dict[str, Any]      # part name -> codec
+Codecs = dict[str, Any]      # modality -> codec
 Latents = dict[str, Tensor]  # part name -> (B, *shape)
+
+
+# The hub's names of the official weights, as diffusers stores them.
+OFFICIAL = ("thu-ml/unidiffuser-v0", "thu-ml/unidiffuser-v1")
 
 
 # ---- codecs and data of a configuration --------------------------------------------------------
@@ -69,19 +84,28 @@ def training_arrays(cfg: Config, split: str = "train") -> tuple[np.ndarray, list
     return to_uint8([row["image"] for row in table], cfg.image_size), list(table["TEXT"])
 
 
-def make_codecs(cfg: Config, images: np.ndarray, captions: Sequence[str]) -> Codecs:
-    """Fit the codecs a configuration names to its training set.
+def make_codecs(
+    cfg: Config, images: np.ndarray | None = None, captions: Sequence[str] | None = None
+) -> Codecs:
+    """The codecs that a configuration names, fitted to its training set.
+
+    Args:
+        images: (N, size, size, 3) uint8, and ``captions``: N; pretrained codecs need none.
 
     Raises:
-        ValueError: codecs that need pretrained weights, which are not trained from a table.
+        ValueError: the weights of pretrained ones are not there.
     """
-    if cfg.image_codec == "sd-vae+clip" or cfg.caption_codec == "clip+gpt2":
-        raise ValueError(f"the codecs {cfg.image_codec!r} and {cfg.caption_codec!r} are pretrained "
-                         "networks that this version cannot load; train with --image_codec pixels "
-                         "--caption_codec words")
-    pca = cfg.image_codec == "pca"
-    image = PCACodec.fit(images, cfg.pca_dim) if pca else PixelCodec.fit(images)
-    text = WordCodec.fit(captions, cfg.caption_length, cfg.caption_dim, cfg.caption_codes, cfg.seed)
+    if cfg.image_codec == "sd-vae+clip":
+        image = StableDiffusionCodec(cfg.pretrained, cfg.image_size)
+    elif cfg.image_codec == "pca":
+        image = PCACodec.fit(images, cfg.pca_dim)
+    else:
+        image = PixelCodec.fit(images)
+    if cfg.caption_codec == "clip+gpt2":
+        text = CaptionDecoderCodec(cfg.pretrained, cfg.caption_length, cfg.caption_dim)
+    else:
+        text = WordCodec.fit(captions, cfg.caption_length, cfg.caption_dim, cfg.caption_codes,
+                             cfg.seed)
     return {"image": image, "text": text}
 
 
@@ -102,6 +126,9 @@ class UniDiffuser:
         self.net = net.to(self.device).requires_grad_(False).eval()
         self.parts, self.clocks = net.cfg.parts, net.cfg.clocks
         self.schedule = NoiseSchedule(cfg.schedule)
+        for codec in codecs.values():
+            if isinstance(codec, Pretrained):
+                codec.device = self.device
 
     # ---- the five tasks ---------------------------------------------------------------------
 
@@ -160,7 +187,7 @@ class UniDiffuser:
         sampled = (sampled,) if isinstance(sampled, str) else tuple(sampled)
         given = dict(given or {})
         roles = make_roles(self.clocks, sampled, given)  # names are checked before data is read
-        latents = self.encode(given, n)
+        latents = self.encode(given, n, _encoding_seed(how.get("seed", 0)))
         return self.decode(self.sample_latents(roles, latents, n, **how))
 
     @torch.no_grad()
@@ -227,7 +254,7 @@ class UniDiffuser:
     def _there_and_back(self, name: str, data: Any, n: int, seed: int | None, how: dict) -> list:
         _check_count("n", n)
         other = self._other(name)
-        x = self.encode({name: data}, n)
+        x = self.encode({name: data}, n, _encoding_seed(seed))
         for i, target in enumerate((other, name)):
             x = self._condition(target, x, n, seed=seeds.nth(seed, i), **how)
         return self.decode(x)[name]
@@ -250,7 +277,7 @@ class UniDiffuser:
             x = self.sample_latents(make_roles(self.clocks, ["image"]), {}, n, seed=seed, **how)
         else:
             _check_count("n", n)
-            x = self.encode({"image": start}, n)
+            x = self.encode({"image": start}, n, _encoding_seed(seed))
         chain = []
         for i in range(rounds):
             text = self._condition("text", x, n, seed=seeds.nth(seed, 2 * i + 1), **how)
@@ -306,21 +333,36 @@ class UniDiffuser:
 
     # ---- data <-> latents -------------------------------------------------------------------
 
-    def encode(self, data: Mapping[str, Any], n: int | None = None) -> Latents:
-        """Modality -> one item for all n samples, or a list of n; latents (n, *shape) by part."""
+    def encode(
+        self, data: Mapping[str, Any], n: int | None = None, seed: int | None = None
+    ) -> Latents:
+        """Modality -> one item for all n samples, or a list of n; latents (n, *shape) by part.
+
+        Args:
+            seed: where an encoder gives a distribution, draw from it, as the official sampler does;
+                None for its mean.
+        """
         latents = {}
         for name, value in data.items():
             items = list(value) if isinstance(value, (list, tuple)) else [value]
             if n is not None and len(items) not in (1, n):
                 raise ValueError(f"{name}: got {len(items)} items for n={n}; give one, or n")
-            z = choose("modality", name, self.codecs).encode(items)
+            codec = choose("modality", name, self.codecs)
+            draws = seed is not None and getattr(codec, "random", False)
+            made = codec.encode(items, seeds.generator(seed)) if draws else codec.encode(items)
             repeat = n if n is not None and len(items) == 1 else 1
-            latents[name] = z.repeat_interleave(repeat, 0).to(self.device)
+            for part, z in by_part(name, made).items():
+                latents[part] = z.repeat_interleave(repeat, 0).to(self.device)
         return latents
 
     def decode(self, latents: Latents) -> dict[str, list]:
         """Latents by part -> data by modality."""
-        return {name: self.codecs[name].decode(z) for name, z in latents.items()}
+        made = {}
+        for name, codec in self.codecs.items():
+            own = {part: latents[part] for part in shapes_of(name, codec) if part in latents}
+            if own:
+                made[name] = codec.decode(own if hasattr(codec, "shapes") else own[name])
+        return made
 
     # ---- storing ----------------------------------------------------------------------------
 
@@ -347,9 +389,14 @@ class UniDiffuser:
     def from_pretrained(cls, name: str | os.PathLike, device: str = "cpu") -> "UniDiffuser":
         """A shipped model by name, a folder written by :meth:`save_pretrained`, or a training run.
 
+        Also the official model, as diffusers stores it (extra: full-size): a folder, or one of
+        ``OFFICIAL`` on the Hugging Face hub.
+
         Raises:
             ValueError: nothing of that name (with the nearest), or damaged files.
         """
+        if str(name) in OFFICIAL or (Path(name) / "unet").is_dir():
+            return cls._from_diffusers(str(name), device)
         folder = find_model(name)
         try:
             stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -358,10 +405,13 @@ class UniDiffuser:
             cfg = Config().replace(**stored["config"])
             net = UViT(cfg.network())
             net.load_state_dict({k: v.float() for k, v in weights.items()})
-            codecs = stored_codecs(stored["codecs"], tensors)
+            codecs = stored_codecs(stored["codecs"], tensors, cfg.pretrained)
+            made = {}
+            for name, codec in codecs.items():
+                made.update(shapes_of(name, codec))
             for p in net.cfg.parts:
-                if codecs[p.name].shape != p.shape:
-                    raise ValueError(f"the codec of {p.name!r} makes {codecs[p.name].shape}, the "
+                if made[p.name] != p.shape:
+                    raise ValueError(f"the codec of {p.name!r} makes {made[p.name]}, the "
                                      f"network reads {p.shape}")
         except (OSError, KeyError, TypeError, AttributeError, ValueError, RuntimeError,
                 SafetensorError) as error:
@@ -371,23 +421,47 @@ class UniDiffuser:
         return cls(cfg, net, codecs, device)
 
 
+    @classmethod
+    def _from_diffusers(cls, source: str, device: str) -> "UniDiffuser":
+        """A model in the layout of diffusers' ``UniDiffuserPipeline``."""
+        folder = find_components(source, ["unet"]) / "unet"
+        try:
+            values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            cfg = config_of_diffusers(values, source)
+            with torch.device("meta"):  # the weights are large enough to be held but once
+                net = UViT(cfg.network())
+            state = convert(load_weights(weights_file(folder)), "diffusers", "ours", net.cfg)
+            net.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder} does not hold a UniDiffuser: {type(error).__name__}: "
+                             f"{error}") from None
+        return cls(cfg, net, make_codecs(cfg), device)
+
+
 def codec_states(codecs: Codecs) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What is stored of codecs: JSON values by part, and tensors as ``part.name``."""
+    """What is stored of codecs: JSON values by modality, and tensors as ``modality.name``."""
     states = {name: codec.state() for name, codec in codecs.items()}
     kinds = {name: {"kind": codecs[name].kind, **values} for name, (values, _) in states.items()}
     return kinds, {f"{name}.{k}": v.contiguous() for name, (_, own) in states.items()
                    for k, v in own.items()}
 
 
-def stored_codecs(configs: dict[str, Any], tensors: dict[str, Tensor]) -> Codecs:
-    """Codecs by part: the inverse of :func:`codec_states`."""
+def stored_codecs(
+    configs: dict[str, Any], tensors: dict[str, Tensor], pretrained: str
+) -> Codecs:
+    """Codecs by modality: the inverse of :func:`codec_states`.
+
+    Args:
+        pretrained: where the weights of those are that are not stored whole.
+    """
     codecs = {}
-    for part, stored in configs.items():
+    for name, stored in configs.items():
         config = dict(stored)
         kind = choose("codec", config.pop("kind"), CODECS)
-        own = {k.removeprefix(f"{part}."): v for k, v in tensors.items()
-               if k.startswith(f"{part}.")}
-        codecs[part] = kind.from_state(config, own)
+        own = {k.removeprefix(f"{name}."): v for k, v in tensors.items()
+               if k.startswith(f"{name}.")}
+        elsewhere = {"source": pretrained} if issubclass(kind, Pretrained) else {}
+        codecs[name] = kind.from_state(config, own, **elsewhere)
     return codecs
 
 
@@ -410,6 +484,11 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
     if angle < 1e-4:
         return torch.lerp(a, b, weight)
     return (torch.sin((1 - weight) * angle) * a + torch.sin(weight * angle) * b) / torch.sin(angle)
+
+
+def _encoding_seed(seed: int | None) -> int | None:
+    """Of what encoding draws: other numbers than the noise that sampling starts from."""
+    return seeds.nth(seed, 999)
 
 
 def _check_count(name: str, value: int, least: int = 1) -> None:

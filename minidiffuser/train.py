@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 from tqdm.auto import tqdm
 
 from . import checkpoints
+from .codecs import Pretrained
 from .config import Config
 from .data.stream import open_source
 from .objective import Loss, TimestepMix, joint_loss
@@ -219,9 +220,19 @@ class Trainer:
             pipe.save_pretrained(self.folder / "model")
 
     def write_samples(self) -> None:
-        """A grid of all tasks to ``samples/``, with averaged weights and a fixed seed."""
+        """A grid of all tasks to ``samples/``, with averaged weights and a fixed seed.
+
+        Without the weights of pretrained codecs, which training itself never needs, there is none.
+        """
         from .plots import task_figure
 
+        try:
+            for codec in self.codecs.values():
+                if isinstance(codec, Pretrained):
+                    codec.load()
+        except ValueError as error:
+            log.warning("no samples are drawn: %s", error)
+            return
         pipe = self.pipeline()
         if pipe:
             path = self.folder / "samples" / f"step_{self.step:07d}.png"

@@ -196,7 +196,7 @@ def test_a_run_is_not_continued_as_another(trained, cli, run_folder):
     (["toy", "--data", "emojy"], ["no table 'emojy'", "'emoji'"]),
     (["toy", "--dim"], ["--key value", "'--dim'"]),
     (["toy", "dim=64"], ["--key value", "'dim'"]),
-    (["toy", "--caption-codec", "clip+gpt2"], ["pretrained", "--caption_codec words"]),
+    (["toy", "--caption-codec", "clip+gpt2"], ["pretrained", "data encode emoji"]),
 ], ids=lambda x: " ".join(x)[:40])
 def test_bad_settings_are_answered_in_one_line(cli, tmp_path, words, parts):
     fails(cli("train", *words, "--out", tmp_path / "run", "--cpu"), *parts)

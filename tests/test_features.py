@@ -82,7 +82,8 @@ def test_latents_are_the_codecs(encoded, table):
     assert len(places) == len(rows)
     for i, place in enumerate(places):
         row = source.row(*place)
-        assert torch.equal(row["image"], z[i].half()) and torch.equal(row["text_ids"], ids[i].int())
+        assert torch.equal(row["image.latents"], z[i].half())
+        assert torch.equal(row["text.ids"], ids[i].int())
 
 
 def test_each_row_keeps_its_url_and_caption(encoded, table):
@@ -92,7 +93,7 @@ def test_each_row_keeps_its_url_and_caption(encoded, table):
     urls = {row["URL"]: row["TEXT"] for row in load_table("emoji").select(range(ROWS))}
     for number, size in enumerate(source.sizes):
         rows = parquet.read_table(out / f"shard_{number:05d}.parquet").to_pylist()
-        ids = torch.stack([source.row(number, i)["text_ids"] for i in range(size)])
+        ids = torch.stack([source.row(number, i)["text.ids"] for i in range(size)])
         assert [r["TEXT"] for r in rows] == source.codecs["text"].decode(
             source.codecs["text"].codes[ids.long()])
         assert all(urls[r["URL"]] == r["TEXT"] for r in rows)
@@ -262,7 +263,7 @@ def test_two_workers_write_the_same_bytes_as_one_and_share_the_rows(encoded, tab
 
 def test_a_models_own_codecs_can_be_used(pipe, tmp_path):
     report = encode("emoji", tmp_path / "out", pipe.cfg, codecs=pipe.codecs, shard_rows=2000)
-    kept = features.load_codecs(tmp_path / "out")
+    kept = features.load_codecs(tmp_path / "out", CFG.pretrained)
     assert torch.equal(kept["text"].codes, pipe.codecs["text"].codes)
     assert report.written == report.read == 3447
 

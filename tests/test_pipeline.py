@@ -222,6 +222,7 @@ class Spy:
 
     def __init__(self, codec):
         self.codec, self.encoded, self.decoded = codec, 0, 0
+        self.shape = codec.shape
 
     def encode(self, items):
         self.encoded += 1

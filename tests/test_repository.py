@@ -65,7 +65,7 @@ def conda_requirements() -> dict[str, SpecifierSet]:
 
 
 def test_conda_and_pip_install_the_same():
-    extras = ("notebooks", "classroom", "clip", "dev")
+    extras = ("notebooks", "classroom", "clip", "full-size", "dev")
     pip = pip_requirements(RUNTIME + [line for extra in extras for line in EXTRAS[extra]])
     expected = {CONDA_NAMES.get(name, name): versions for name, versions in pip.items()}
     expected["python"] = SpecifierSet(PROJECT["requires-python"])

@@ -111,6 +111,14 @@ class WordCodec:
             rows.append(ids + [0] * (self.length - len(ids)))
         return torch.tensor(rows)
 
+    def to_disk(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """What features keep: ``ids`` (B, length) int32, far smaller than codes, and exact."""
+        return {"ids": self.encode_ids(captions).int()}
+
+    def from_disk(self, stored: dict[str, Tensor], generators: object = None) -> Tensor:
+        """The codes of what :meth:`to_disk` made."""
+        return self.codes[stored["ids"].long()]
+
     def split(self, caption: str) -> list[str]:
         """A caption's words and marks, known or not."""
         return words_of(caption)

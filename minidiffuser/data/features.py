@@ -30,6 +30,7 @@ from .tables import find_table, load_table
 
 if TYPE_CHECKING:
     import datasets
+    import torch
     from accelerate import PartialState
     from PIL import Image
     from torch import Tensor
@@ -144,6 +145,8 @@ def fit_codecs(cfg: "Config", shards: list[Callable[[], "datasets.Dataset"]]) ->
     from ..images import to_uint8
     from ..pipeline import make_codecs
 
+    if cfg.image_codec == "sd-vae+clip" and cfg.caption_codec == "clip+gpt2":
+        return make_codecs(cfg)  # nothing is fitted
     most = max(1, FIT_BYTES // (3 * cfg.image_size**2))
     pixels, captions = [], []
     for shard in shards:
@@ -189,6 +192,8 @@ def encode(
     """
     from tqdm.auto import tqdm
 
+    from ..codecs import Pretrained
+
     out, state = Path(out), processes()
     shards = source_shards(source, shard_rows, cfg.filters)
     begun = {"source": str(source), "files": _digest_of_files(source_files(source)),
@@ -197,7 +202,10 @@ def encode(
     if state.is_main_process:
         begin(out, begun, cfg, codecs, shards)
     state.wait_for_everyone()
-    codecs = load_codecs(out)
+    codecs = load_codecs(out, cfg.pretrained)
+    for codec in codecs.values():
+        if isinstance(codec, Pretrained):
+            codec.device = state.device
     mine = range(state.process_index, len(shards), state.num_processes)
     for number in tqdm(mine, unit="shard", disable=not (progress and state.is_main_process)):
         if read_shard_record(out, number, check=True) is None:
@@ -248,8 +256,11 @@ def begin(out: Path, begun: dict, cfg: "Config", codecs: dict | None, shards: li
         _write_whole(record, json.dumps(begun, indent=1))  # last: what is begun has its codecs
 
 
-def load_codecs(out: str | os.PathLike) -> dict[str, Any]:
-    """The codecs of a features folder, by part.
+def load_codecs(out: str | os.PathLike, pretrained: str) -> dict[str, Any]:
+    """The codecs of a features folder, by modality.
+
+    Args:
+        pretrained: where the weights of pretrained ones are: ``Config.pretrained``.
 
     Raises:
         ValueError: they are damaged, or not those that the features were encoded with.
@@ -265,7 +276,7 @@ def load_codecs(out: str | os.PathLike) -> dict[str, Any]:
         tensors = (out / "codecs.safetensors").read_bytes()
         if _digest(kinds, tensors) != json.loads((out / "begun.json").read_text())["codecs"]:
             raise ValueError("they are not those that encoded it")
-        return stored_codecs(json.loads(kinds), load(tensors))
+        return stored_codecs(json.loads(kinds), load(tensors), pretrained)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"the codecs in {out} are damaged or missing: {error}") from None
 
@@ -299,10 +310,10 @@ def write_shard(out: Path, number: int, rows: "datasets.Dataset", codecs: dict[s
 def encode_rows(
     rows: "datasets.Dataset", codecs: dict[str, Any]
 ) -> tuple[dict[str, "Tensor"], list[dict[str, Any]], Counter]:
-    """Latents by part, the rows they are of (without images), and why the others were left out.
+    """What is kept of a shard, its rows (without images), and why others were left out.
 
-    Images are in float16, a rounding below half of what 8-bit pixels distinguish; captions are word
-    ids where the codec has them, exact and far smaller than the codes they stand for.
+    Tensors are called ``modality.name``.  Without a word from their codec they are latents in
+    float16: of pixels a rounding below half of what 8 bits distinguish.
     """
     import torch
 
@@ -316,25 +327,46 @@ def encode_rows(
         kept.append(row)
         images.append(image)
         if len(images) == BATCH:  # no more originals than that are held at once
-            batches.append(codecs["image"].encode(images).half())
+            batches.append(to_disk("image", codecs, images))
             images = []
     if images:
-        batches.append(codecs["image"].encode(images).half())
+        batches.append(to_disk("image", codecs, images))
     if not kept:
         return {}, kept, reasons
-    return {"image": torch.cat(batches).contiguous(),
-            **encode_captions([row["TEXT"] for row in kept], codecs["text"])}, kept, reasons
+    captions = [row["TEXT"] for row in kept]
+    starts = range(0, len(captions), BATCH)
+    texts = [to_disk("text", codecs, captions[i : i + BATCH]) for i in starts]
+    return {name: torch.cat([batch[name] for batch in of]).contiguous()
+            for of in (batches, texts) for name in of[0]}, kept, reasons
 
 
-def encode_captions(captions: Sequence[str], codec: Any) -> dict[str, "Tensor"]:
-    """Word ids (N, L) int32 where the codec has them, else latents (N, *shape) float16."""
-    import torch
+def to_disk(name: str, codecs: dict[str, Any], items: Sequence[Any]) -> dict[str, "Tensor"]:
+    """What is kept of items of a modality; floats in float16."""
+    codec = codecs[name]
+    own = hasattr(codec, "to_disk")
+    made = codec.to_disk(items) if own else {"latents": codec.encode(items)}
+    return {f"{name}.{k}": v.half() if v.is_floating_point() else v for k, v in made.items()}
 
-    if hasattr(codec, "encode_ids"):
-        return {"text_ids": codec.encode_ids(captions).int()}
-    batches = range(0, len(captions), BATCH)
-    latents = [codec.encode(captions[i : i + BATCH]).half() for i in batches]
-    return {"text": torch.cat(latents).contiguous()}
+
+def from_disk(
+    stored: dict[str, "Tensor"], codecs: dict[str, Any],
+    generators: "Sequence[torch.Generator] | None" = None,
+) -> dict[str, "Tensor"]:
+    """Latents by part, float32: the inverse of :func:`to_disk`.
+
+    Args:
+        stored: tensors by ``modality.name``, as read.
+        generators: one for each row, where an encoder's distribution is drawn from.
+    """
+    from ..codecs import by_part
+
+    latents = {}
+    for name, codec in codecs.items():
+        own = {k.removeprefix(f"{name}."): v for k, v in stored.items() if k.startswith(f"{name}.")}
+        has = hasattr(codec, "from_disk")
+        made = codec.from_disk(own, generators) if has else own["latents"]
+        latents.update({part: z.float() for part, z in by_part(name, made).items()})
+    return latents
 
 
 def open_image(value: Any) -> "Image.Image | None":

@@ -103,6 +103,10 @@ class TableSource:
     def __init__(self, cfg: "Config"):
         from ..pipeline import make_codecs, training_arrays
 
+        if cfg.image_codec == "sd-vae+clip" or cfg.caption_codec == "clip+gpt2":
+            raise ValueError("pretrained codecs are too slow to run at every step: encode the "
+                             f"table once (python -m minidiffuser data encode {cfg.data} --out "
+                             "FEATURES, with this preset) and train with --data FEATURES")
         self.images, self.captions = training_arrays(cfg)
         self.codecs = make_codecs(cfg, self.images, self.captions)
         self.ids = self.codecs["text"].encode_ids(self.captions)
@@ -137,7 +141,8 @@ class FeatureSource:
     def __init__(self, cfg: "Config", window: int = WINDOW):
         features.check_fits(cfg.data, cfg)
         self.folder = Path(cfg.data)
-        self.codecs: dict[str, Any] = features.load_codecs(self.folder)
+        self.codecs: dict[str, Any] = features.load_codecs(self.folder, cfg.pretrained)
+        self.draws = any(getattr(codec, "random", False) for codec in self.codecs.values())
         self.sizes = [s["rows"] for s in features.read_index(self.folder)["shards"]]
         self.identity: str | None = features.identity(self.folder)
         self.order = ShardOrder(self.sizes, cfg.batch_size, cfg.seed, window)
@@ -149,12 +154,18 @@ class FeatureSource:
         """Latents by part, (B, *shape), of a process's share of a batch."""
         rows = [self.row(*where) for where in self.order(step, rank, world)]
         columns = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        if "text_ids" in columns:
-            columns["text"] = self.codecs["text"].codes[columns.pop("text_ids").long()]
-        return {name: z.float() for name, z in columns.items()}
+        return features.from_disk(columns, self.codecs, self._generators(step, rank, world))
+
+    def _generators(self, step: int, rank: int, world: int) -> list[torch.Generator] | None:
+        """One for each row where encoders give distributions: of its place in the run alone."""
+        if not self.draws:
+            return None
+        size = self.order.batch
+        return [torch.Generator().manual_seed((self.order.seed * 1_000_003 + place) % 2**63)
+                for place in range(step * size, (step + 1) * size)[rank::world]]
 
     def row(self, shard: int, row: int) -> dict[str, Tensor]:
-        """One row's latents as stored."""
+        """One row as stored: tensors by ``modality.name``."""
         file = self._shard(shard)
         return {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118
 
@@ -177,12 +188,15 @@ class FeatureSource:
         """Captions of the first rows of as many shards, to look at."""
         full = [i for i, size in enumerate(self.sizes) if size]
         chosen = full[:: max(1, len(full) // n)][:n]
-        places = [(i, 0) for i in chosen]
-        places += [(chosen[0], r) for r in range(1, self.sizes[chosen[0]])][: n - len(places)]
-        rows = [self.row(*place) for place in places]
-        text = self.codecs["text"]
-        z = [text.codes[r["text_ids"].long()] if "text_ids" in r else r["text"] for r in rows]
-        return text.decode(torch.stack(z))
+        captions = [self._captions(i, 1)[0] for i in chosen]
+        return captions + self._captions(chosen[0], n)[1 : 1 + n - len(captions)]
+
+    def _captions(self, shard: int, n: int) -> list[str]:
+        """The first captions of a shard."""
+        from pyarrow import parquet
+
+        path = self.folder / f"shard_{shard:05d}.parquet"
+        return parquet.read_table(path, columns=["TEXT"])["TEXT"][:n].to_pylist()
 
 
 def open_source(cfg: "Config") -> TableSource | FeatureSource:
