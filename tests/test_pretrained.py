@@ -101,7 +101,7 @@ def test_latents_are_those_of_the_networks(images, pictures, weights):
     vae = AutoencoderKL.from_pretrained(weights / "vae")
     clip = CLIPVisionModelWithProjection.from_pretrained(weights / "image_encoder")
     processor = CLIPImageProcessor.from_pretrained(weights / "clip_image_processor")
-    made = images.encode(pictures)
+    made, moments = images.encode(pictures), images.to_disk(pictures)["moments"]
     assert {k: v.shape[1:] for k, v in made.items()} == images.shapes
     assert images.shapes == {"clip_img": (1, 512), "z": (4, 4, 4)}
     boxes = [(15, 0, 55, 40), (0, 0, 32, 32), (0, 20, 50, 70)]
@@ -109,9 +109,11 @@ def test_latents_are_those_of_the_networks(images, pictures, weights):
         square = picture.crop(box).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
         x = torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1)[None] / 127.5 - 1
         with torch.no_grad():
-            z = vae.encode(x).latent_dist.mode() * 0.18215
+            latent = vae.encode(x).latent_dist
+            z, std = latent.mode() * 0.18215, latent.std * 0.18215
             c = clip(processor(images=square, return_tensors="pt")["pixel_values"]).image_embeds
         torch.testing.assert_close(made["z"][i], z[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(moments[i], torch.cat([z, std], 1)[0], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(made["clip_img"][i], c, atol=1e-5, rtol=1e-4)
         assert abs(float(c.norm()) - 1) > 0.01  # not normalised, so neither may ours be
 
@@ -183,11 +185,41 @@ def test_old_and_new_files_of_the_decoder(weights, tmp_path):
     old = {**state, "transformer.transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4),
            "transformer.transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
     new = {k: v for k, v in state.items() if k != "transformer.lm_head.weight"}
-    torch.save(old, folder / "diffusion_pytorch_model.bin")
-    for _ in range(2):
+    for name, tensors in (("bin", old), ("safetensors", new)):
+        file = folder / f"diffusion_pytorch_model.{name}"
+        (torch.save if name == "bin" else save_file)(tensors, file)
         found = CaptionDecoder.from_pretrained(folder).state_dict()
         assert all(torch.equal(found[k], v) for k, v in expected.items())
-        save_file(new, folder / "diffusion_pytorch_model.safetensors")  # preferred over .bin
+        (folder / "diffusion_pytorch_model.bin").write_bytes(b"")  # safetensors is preferred
+
+
+# ---- where weights come from ---------------------------------------------------------------------
+
+
+def test_from_the_hub_come_only_the_files_that_are_needed(weights, tmp_path, monkeypatch):
+    """A stand-in for the hub, which gives what its own filter lets through."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = [f.relative_to(weights) for f in weights.rglob("*") if f.is_file()]
+    more = ["unet/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.fp16.safetensors",
+            "vae/flax_model.msgpack", "text_encoder/tf_model.h5"]
+
+    def snapshot_download(name, allow_patterns, ignore_patterns):
+        assert name == "someone/unidiffuser"
+        for file in filter_repo_objects([str(f) for f in files] + more,
+                                        allow_patterns=allow_patterns,
+                                        ignore_patterns=ignore_patterns):
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            shutil.copy(weights / file, tmp_path / file)  # fails for what should not be asked for
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    codec = StableDiffusionCodec("someone/unidiffuser", SIZE)
+    codec.load()
+    assert codec.digest == StableDiffusionCodec(weights, SIZE).state()[0]["digest"]
+    assert {f.name for f in tmp_path.iterdir()} == set(codec.components)
+    CaptionDecoderCodec("someone/unidiffuser", LENGTH, DIM).load()
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------
@@ -195,7 +227,7 @@ def test_old_and_new_files_of_the_decoder(weights, tmp_path):
 
 def test_what_is_not_there_is_explained(weights, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="neither a folder here nor .* --pretrained"):
+    with pytest.raises(ValueError, match="neither a folder here nor .* give a folder"):
         StableDiffusionCodec("thu-ml/unidiffuser-v1", SIZE).encode([Image.new("RGB", (9, 9))])
     (tmp_path / "image_encoder").mkdir()
     with pytest.raises(ValueError, match="lacks vae, clip_image_processor"):
@@ -283,6 +315,25 @@ def test_features_hold_what_the_codecs_make(cfg, encoded, images, texts):
     assert source.prompts(4) == [load_table("emoji")[i]["TEXT"] for i in (0, 15, 30, 1)]
 
 
+def test_nothing_is_read_to_fit_what_is_not_fitted(cfg):
+    def never():
+        raise AssertionError
+
+    codecs = features.fit_codecs(cfg, [never])
+    assert [codec.kind for codec in codecs.values()] == ["sd-vae+clip", "clip+gpt2"]
+
+
+def test_encoding_runs_on_the_processs_own_device(cfg, tmp_path, monkeypatch):
+    state, seen, real = features.processes(), [], StableDiffusionCodec.to_disk
+    monkeypatch.setattr(state, "device", torch.device("cpu", 0))
+    monkeypatch.setattr(features, "processes", lambda: state)
+    monkeypatch.setattr(StableDiffusionCodec, "to_disk",
+                        lambda self, items: seen.append(self.device) or real(self, items))
+    load_table("emoji").select(range(3)).to_parquet(tmp_path / "train.parquet")
+    features.encode(tmp_path, tmp_path / "out", cfg)
+    assert seen == [torch.device("cpu", 0)]
+
+
 def test_z_is_drawn_anew_each_epoch_whoever_reads_it(cfg, encoded):
     source = open_source(cfg.replace(data=str(encoded)))
     whole = source.batch(0)
@@ -344,6 +395,31 @@ def test_given_images_are_drawn_as_the_official_sampler_does(cfg, encoded, tmp_p
     assert torch.equal(mean[:1], pipe.codecs["image"].encode(pictures[:1])["z"])
 
 
+def test_tasks_draw_what_they_are_given(cfg, encoded, tmp_path, pictures, monkeypatch):
+    """By their own seed, and other numbers than the noise they start from."""
+    pipe = Trainer(cfg.replace(data=str(encoded)), tmp_path / "run", cpu=True).pipeline()
+    mean, given = pipe.encode({"image": pictures[0]})["z"], []
+    monkeypatch.setattr(pipe, "sample_latents", lambda roles, x, n, **how: given.append(x) or {})
+    monkeypatch.setattr(pipe, "decode", lambda x: {"text": [], "image": []})
+    for seed in (0, 0, 1):
+        pipe.image_to_text(pictures[0], seed=seed)
+    pipe.vary_image(pictures[0], seed=0)
+    pipe.gibbs(pictures[0], rounds=1, seed=0)
+    drawn = [x["z"] for x in given if "z" in x]
+    assert len(drawn) == 5
+    assert all(torch.equal(z, drawn[0]) for z in (drawn[1], drawn[3], drawn[4]))
+    assert not torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], mean)
+    std = pipe.codecs["image"].to_disk(pictures[:1])["moments"].chunk(2, 1)[1]
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    assert not torch.allclose((drawn[0] - mean) / std, noise, atol=1e-3)
+
+
+def test_a_model_and_its_codecs_run_on_one_device(cfg, encoded, tmp_path):
+    trainer = Trainer(cfg.replace(data=str(encoded)), tmp_path / "run", cpu=True)
+    pipe = UniDiffuser(cfg, trainer.net, trainer.codecs, torch.device("cpu", 0))
+    assert all(codec.device == torch.device("cpu", 0) for codec in pipe.codecs.values())
+
+
 def test_training_goes_on_without_the_weights(cfg, encoded, tmp_path, caplog):
     """Latents are all it reads; only pictures need decoding."""
     run = cfg.replace(data=str(encoded), pretrained=str(tmp_path / "nothing"))
@@ -352,6 +428,8 @@ def test_training_goes_on_without_the_weights(cfg, encoded, tmp_path, caplog):
     assert "no samples are drawn" in caplog.text
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
     assert not (tmp_path / "run" / "samples").exists()
+    moved = Trainer(run.replace(pretrained=cfg.pretrained), tmp_path / "run", cpu=True)
+    assert moved.step == 4  # the weights may lie elsewhere when a run goes on
 
 
 def test_a_table_is_encoded_before_training(cfg, tmp_path):

@@ -330,8 +330,8 @@ def find_components(source: str, components: Sequence[str]) -> Path:
                 ignore_patterns=["*.fp16.*", "*.msgpack", "*.h5"]))
         except Exception as error:  # of the hub's library, of HTTP, of the network, of the name
             raise ValueError(f"{source!r} is neither a folder here nor a name that can be "
-                             f"downloaded now: {first_line(error)}. Full size needs its "
-                             f"{', '.join(components)}: give a folder with them as --pretrained"
+                             f"downloaded now: {first_line(error)}. It needs "
+                             f"{', '.join(components)}: give a folder with them instead"
                              ) from None
     missing = [name for name in components if not (folder / name).is_dir()]
     if missing:
