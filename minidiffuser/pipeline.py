@@ -121,7 +121,9 @@ class UniDiffuser:
         ``solvers.SOLVERS``. eta: share of fresh noise per step, for ``ddim`` only.
     """
 
-    def __init__(self, cfg: Config, net: nn.Module, codecs: Codecs, device: str = "cpu"):
+    def __init__(
+        self, cfg: Config, net: nn.Module, codecs: Codecs, device: str | torch.device = "cpu"
+    ):
         self.cfg, self.codecs, self.device = cfg, codecs, torch.device(device)
         self.net = net.to(self.device).requires_grad_(False).eval()
         self.parts, self.clocks = net.cfg.parts, net.cfg.clocks

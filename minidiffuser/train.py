@@ -201,8 +201,8 @@ class Trainer:
 
     # ---- what it writes ---------------------------------------------------------------------
 
-    def pipeline(self) -> UniDiffuser | None:
-        """The model as it stands, with averaged weights, as a pipeline on the CPU.
+    def pipeline(self, device: str | torch.device = "cpu") -> UniDiffuser | None:
+        """The model as it stands, with averaged weights, as a pipeline on a device.
 
         Call it on every process of a run, as shards are gathered; None on all but the main one.
         """
@@ -211,7 +211,7 @@ class Trainer:
             return None
         net = UViT(self.cfg.network())
         net.load_state_dict(state)
-        return UniDiffuser(self.cfg, net, self.codecs)
+        return UniDiffuser(self.cfg, net, self.codecs, device)
 
     def export(self) -> None:
         """Write the averaged model to ``model/``, for ``UniDiffuser.from_pretrained``."""
@@ -233,7 +233,7 @@ class Trainer:
         except ValueError as error:
             log.warning("no samples are drawn: %s", error)
             return
-        pipe = self.pipeline()
+        pipe = self.pipeline(self.accelerator.device)
         if pipe:
             path = self.folder / "samples" / f"step_{self.step:07d}.png"
             path.parent.mkdir(exist_ok=True)

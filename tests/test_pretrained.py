@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from minidiffuser.data import features, load_table
 from minidiffuser.data.stream import FeatureSource, open_source
 from minidiffuser.train import Trainer
 
+ROOT = Path(__file__).parents[1]
 LENGTH, DIM, SIZE = 9, 6, 32
 
 
@@ -521,3 +523,17 @@ def test_an_official_model_that_is_not_there_or_not_one(weights, tmp_path, monke
     (unet / "config.json").write_text('{"sample_size": 64}')
     with pytest.raises(ValueError, match="does not hold a UniDiffuser: KeyError"):
         UniDiffuser.from_pretrained(tmp_path)
+
+
+def test_the_numbers_of_full_size_are_those_measured():
+    """What the pages say of a run at the real size (benchmarks/full_size.py)."""
+    measured = json.loads((ROOT / "benchmarks" / "full_size.json").read_text())
+    assert (ROOT / "README.md").read_text().count(
+        f"{measured['parameters']:,} parameters and the encoders around them, in "
+        f"{measured['gib_at_most']} GiB") == 1
+    assert f"are {measured['bytes_per_row']:,} bytes" in (ROOT / "docs" / "laion.md").read_text()
+    shapes = PRESETS["unidiffuser-v1"].parts()
+    assert measured["parameters"] == 952_509_520
+    assert measured["features"] == {
+        "image.clip_img": list(shapes[1].shape), "text.latents": list(shapes[0].shape),
+        "image.moments": [2 * shapes[2].shape[0], *shapes[2].shape[1:]]}

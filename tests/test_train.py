@@ -103,6 +103,15 @@ def test_sample_grids_are_written(tmp_path):
     assert len(list((tmp_path / "samples").glob("*.png"))) == 2
 
 
+def test_sample_grids_are_drawn_where_the_run_is(tmp_path, monkeypatch):
+    """On its GPU: a network of full size would take hours on the CPU."""
+    trainer = Trainer(TOY.replace(steps=1), tmp_path, cpu=True)
+    asked = []
+    monkeypatch.setattr(trainer, "pipeline", lambda device: asked.append(device))
+    trainer.write_samples()
+    assert asked == [trainer.accelerator.device]
+
+
 # ---- optimiser, average, rate, order -------------------------------------------------------------
 
 

@@ -127,7 +127,10 @@ class StableDiffusionCodec(Pretrained):
         """The CLIP image encoder, and what prepares images for it."""
         network = self._network("image_encoder", "transformers", "CLIPVisionModelWithProjection")
         self._check("the size of CLIP's embedding", network.config.projection_dim, 512)
-        return network, self._read("clip_image_processor", "transformers", "CLIPImageProcessor")
+        # Resized by Pillow, as OpenAI's own code does, whether torchvision is there or not.
+        pillow = hasattr(import_module("transformers"), "CLIPImageProcessorPil")  # from version 5
+        kind = "CLIPImageProcessor" + "Pil" * pillow
+        return network, self._read("clip_image_processor", "transformers", kind)
 
     def load(self) -> None:
         _ = self.vae, self.clip
