@@ -130,7 +130,7 @@ class UniDiffuser:
         self.schedule = NoiseSchedule(cfg.schedule)
         for codec in codecs.values():
             if isinstance(codec, Pretrained):
-                codec.device = self.device
+                codec.to(self.device)
 
     # ---- the five tasks ---------------------------------------------------------------------
 
@@ -421,7 +421,6 @@ class UniDiffuser:
             why = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
             raise ValueError(f"the model in {folder} is damaged or incomplete: {why}") from None
         return cls(cfg, net, codecs, device)
-
 
     @classmethod
     def _from_diffusers(cls, source: str, device: str) -> "UniDiffuser":

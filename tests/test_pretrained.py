@@ -420,6 +420,12 @@ def test_a_model_and_its_codecs_run_on_one_device(cfg, encoded, tmp_path):
     trainer = Trainer(cfg.replace(data=str(encoded)), tmp_path / "run", cpu=True)
     pipe = UniDiffuser(cfg, trainer.net, trainer.codecs, torch.device("cpu", 0))
     assert all(codec.device == torch.device("cpu", 0) for codec in pipe.codecs.values())
+    for codec in pipe.codecs.values():
+        codec.load()
+        codec.to("meta")  # what has been read comes along
+    image, text = pipe.codecs["image"], pipe.codecs["text"]
+    networks = (image.vae, image.clip[0], text.encoder[0], text.decoder[0])
+    assert all(p.device.type == "meta" for network in networks for p in network.parameters())
 
 
 def test_training_goes_on_without_the_weights(cfg, encoded, tmp_path, caplog):

@@ -52,6 +52,13 @@ class Pretrained:
 
     def __init__(self, source: str | os.PathLike, digest: str | None = None, device: str = "cpu"):
         self.source, self.digest, self.device = str(source), digest, torch.device(device)
+        self._networks: list[nn.Module] = []  # those that have been read
+
+    def to(self, device: str | torch.device) -> None:
+        """Run on another device from now on."""
+        self.device = torch.device(device)
+        for network in self._networks:
+            network.to(self.device)
 
     @cached_property
     def folder(self) -> Path:
@@ -74,7 +81,9 @@ class Pretrained:
 
     def _network(self, name: str, library: str, kind: str) -> nn.Module:
         """A component that is a network, ready to be called."""
-        return self._read(name, library, kind).eval().requires_grad_(False).to(self.device)
+        network = self._read(name, library, kind).eval().requires_grad_(False).to(self.device)
+        self._networks.append(network)
+        return network
 
     def _read(self, name: str, library: str, kind: str) -> Any:
         """A component, by a class of diffusers or transformers; they run no code of its files."""

@@ -205,7 +205,7 @@ def encode(
     codecs = load_codecs(out, cfg.pretrained)
     for codec in codecs.values():
         if isinstance(codec, Pretrained):
-            codec.device = state.device
+            codec.to(state.device)
     mine = range(state.process_index, len(shards), state.num_processes)
     for number in tqdm(mine, unit="shard", disable=not (progress and state.is_main_process)):
         if read_shard_record(out, number, check=True) is None:
