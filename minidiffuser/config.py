@@ -218,6 +218,10 @@ class Config:
             return (text, Part("image", shape, clock="image", patch=self.patch))
         return (text, Part("image", (3, side, side), clock="image", patch=self.patch))
 
+    def pretrained_codecs(self) -> list[str]:
+        """Those of the two codecs that are networks with weights of their own."""
+        return [kind for kind in (self.image_codec, self.caption_codec) if kind in PRETRAINED]
+
     def network(self) -> UViTConfig:
         """The shape of the network."""
         shared = {f.name for f in dataclasses.fields(UViTConfig)} & set(self.keys())
@@ -246,6 +250,7 @@ class Config:
         return dataclasses.asdict(self)
 
 
+PRETRAINED = ("sd-vae+clip", "clip+gpt2")  # codecs that are not fitted to a table
 CHOICES = {
     "image_codec": ("pixels", "pca", "sd-vae+clip"),
     "caption_codec": ("words", "clip+gpt2"),

@@ -72,8 +72,13 @@ def config_of_diffusers(unet: Mapping[str, Any], source: str) -> Config:
         source: where the weights of the codecs beside it are.
 
     Raises:
-        KeyError: values are missing, as in the file of another kind of network.
+        ValueError: values are missing, as in the file of another kind of network.
     """
+    needed = ("num_attention_heads", "attention_head_dim", "num_layers", "patch_size",
+              "sample_size", "num_text_tokens", "text_dim")
+    if missing := [key for key in needed if key not in unet]:
+        raise ValueError(f"the configuration of a UniDiffuser has {', '.join(missing)}: this one "
+                         "does not")
     kinds = 2 if unet.get("use_data_type_embedding") else 0
     return preset("unidiffuser-v1").replace(
         pretrained=source, data_types=kinds, checkpoint=False,

@@ -37,8 +37,6 @@ from .codecs import (
     Pretrained,
     StableDiffusionCodec,
     WordCodec,
-    by_part,
-    shapes_of,
 )
 from .codecs.pretrained import find_components, weights_file
 from .config import Config
@@ -95,13 +93,13 @@ def make_codecs(
     Raises:
         ValueError: the weights of pretrained ones are not there.
     """
-    if cfg.image_codec == "sd-vae+clip":
+    if cfg.image_codec == StableDiffusionCodec.kind:
         image = StableDiffusionCodec(cfg.pretrained, cfg.image_size)
-    elif cfg.image_codec == "pca":
+    elif cfg.image_codec == PCACodec.kind:
         image = PCACodec.fit(images, cfg.pca_dim)
     else:
         image = PixelCodec.fit(images)
-    if cfg.caption_codec == "clip+gpt2":
+    if cfg.caption_codec == CaptionDecoderCodec.kind:
         text = CaptionDecoderCodec(cfg.pretrained, cfg.caption_length, cfg.caption_dim)
     else:
         text = WordCodec.fit(captions, cfg.caption_length, cfg.caption_dim, cfg.caption_codes,
@@ -129,8 +127,7 @@ class UniDiffuser:
         self.parts, self.clocks = net.cfg.parts, net.cfg.clocks
         self.schedule = NoiseSchedule(cfg.schedule)
         for codec in codecs.values():
-            if isinstance(codec, Pretrained):
-                codec.to(self.device)
+            codec.to(self.device)
 
     # ---- the five tasks ---------------------------------------------------------------------
 
@@ -350,10 +347,9 @@ class UniDiffuser:
             if n is not None and len(items) not in (1, n):
                 raise ValueError(f"{name}: got {len(items)} items for n={n}; give one, or n")
             codec = choose("modality", name, self.codecs)
-            draws = seed is not None and getattr(codec, "random", False)
-            made = codec.encode(items, seeds.generator(seed)) if draws else codec.encode(items)
+            made = codec.encode_parts(name, items, None if seed is None else seeds.generator(seed))
             repeat = n if n is not None and len(items) == 1 else 1
-            for part, z in by_part(name, made).items():
+            for part, z in made.items():
                 latents[part] = z.repeat_interleave(repeat, 0).to(self.device)
         return latents
 
@@ -361,9 +357,9 @@ class UniDiffuser:
         """Latents by part -> data by modality."""
         made = {}
         for name, codec in self.codecs.items():
-            own = {part: latents[part] for part in shapes_of(name, codec) if part in latents}
+            own = {part: latents[part] for part in codec.shapes(name) if part in latents}
             if own:
-                made[name] = codec.decode(own if hasattr(codec, "shapes") else own[name])
+                made[name] = codec.decode_parts(name, own)
         return made
 
     # ---- storing ----------------------------------------------------------------------------
@@ -410,7 +406,7 @@ class UniDiffuser:
             codecs = stored_codecs(stored["codecs"], tensors, cfg.pretrained)
             made = {}
             for name, codec in codecs.items():
-                made.update(shapes_of(name, codec))
+                made.update(codec.shapes(name))
             for p in net.cfg.parts:
                 if made[p.name] != p.shape:
                     raise ValueError(f"the codec of {p.name!r} makes {made[p.name]}, the "
@@ -433,9 +429,8 @@ class UniDiffuser:
                 net = UViT(cfg.network())
             state = convert(load_weights(weights_file(folder)), "diffusers", "ours", net.cfg)
             net.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder} does not hold a UniDiffuser: {type(error).__name__}: "
-                             f"{error}") from None
+        except (OSError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder} does not hold a UniDiffuser: {error}") from None
         return cls(cfg, net, make_codecs(cfg), device)
 
 

@@ -21,7 +21,6 @@ from torch.distributed.checkpoint import state_dict as dcp
 from tqdm.auto import tqdm
 
 from . import checkpoints
-from .codecs import Pretrained
 from .config import Config
 from .data.stream import open_source
 from .objective import Loss, TimestepMix, joint_loss
@@ -228,8 +227,7 @@ class Trainer:
 
         try:
             for codec in self.codecs.values():
-                if isinstance(codec, Pretrained):
-                    codec.load()
+                codec.load()
         except ValueError as error:
             log.warning("no samples are drawn: %s", error)
             return

@@ -11,7 +11,7 @@ from support import TOY, random_net
 from torch import nn
 
 from minidiffuser import UniDiffuser, checkpoints, pipeline, solvers
-from minidiffuser.codecs import PCACodec
+from minidiffuser.codecs import Codec, PCACodec
 from minidiffuser.pipeline import find_model, make_codecs, slerp
 from minidiffuser.schedule import NoiseSchedule
 from minidiffuser.tasks import Role, make_roles, roles_of
@@ -217,7 +217,7 @@ def test_where_it_starts_can_be_given(pipe):
 # ---- chains of tasks -----------------------------------------------------------------------------
 
 
-class Spy:
+class Spy(Codec):
     """A codec that counts, around another."""
 
     def __init__(self, codec):

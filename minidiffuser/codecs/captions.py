@@ -20,6 +20,8 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
+from .base import Codec
+
 END = "[end]"
 _CLOSING = ":,!?)”"  # tokens of their own, though they touch the word before
 _OPENING = "(“"      # and these the word after
@@ -42,7 +44,7 @@ def words_of(caption: str) -> list[str]:
 _SPLITTER = _tokenizer({END: 0}).pre_tokenizer
 
 
-class WordCodec:
+class WordCodec(Codec):
     """Captions <-> (B, length, dim) codes.
 
     Args:
@@ -115,9 +117,11 @@ class WordCodec:
         """What features keep: ``ids`` (B, length) int32, far smaller than codes, and exact."""
         return {"ids": self.encode_ids(captions).int()}
 
-    def from_disk(self, stored: dict[str, Tensor], generators: object = None) -> Tensor:
+    def from_disk(
+        self, name: str, stored: dict[str, Tensor], generators: object = None
+    ) -> dict[str, Tensor]:
         """The codes of what :meth:`to_disk` made."""
-        return self.codes[stored["ids"].long()]
+        return {name: self.codes[stored["ids"].long()]}
 
     def split(self, caption: str) -> list[str]:
         """A caption's words and marks, known or not."""

@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..images import ImageLike, to_uint8
+from .base import Codec
 
 
-class PixelCodec:
+class PixelCodec(Codec):
     """Pixels: (B, 3, size, size), of mean 0 and standard deviation 1 over the training set."""
 
     kind = "pixels"

@@ -30,6 +30,7 @@ from ..checkpoints import fingerprint
 from ..convert import load_weights
 from ..errors import first_line
 from ..images import ImageLike, crop_square, load_image
+from .base import Codec
 from .captions import words_of
 
 DECODE_AT_ONCE = 8  # images: a decoder needs gigabytes for each at 512 x 512
@@ -37,7 +38,7 @@ BEAMS, MOST_TOKENS = 5, 67  # of GPT-2's search, and of a caption
 EXTRA = "pip install 'minidiffuser[full-size]'"
 
 
-class Pretrained:
+class Pretrained(Codec):
     """What codecs of pretrained networks share: where weights are, and that they are the same ones.
 
     Args:
@@ -46,16 +47,13 @@ class Pretrained:
         device: where the networks run; latents come back to the CPU.
     """
 
-    kind: str
     components: tuple[str, ...]  # sub-folders that this codec reads
-    random = False               # whether encoding draws
 
     def __init__(self, source: str | os.PathLike, digest: str | None = None, device: str = "cpu"):
         self.source, self.digest, self.device = str(source), digest, torch.device(device)
         self._networks: list[nn.Module] = []  # those that have been read
 
     def to(self, device: str | torch.device) -> None:
-        """Run on another device from now on."""
         self.device = torch.device(device)
         for network in self._networks:
             network.to(self.device)
@@ -74,10 +72,6 @@ class Pretrained:
                              "the latents were made with: give theirs with --pretrained")
         self.digest = found
         return folder
-
-    def load(self) -> None:
-        """Read all weights now. Raises ValueError where that cannot be done."""
-        raise NotImplementedError
 
     def _network(self, name: str, library: str, kind: str) -> nn.Module:
         """A component that is a network, ready to be called."""
@@ -118,9 +112,7 @@ class StableDiffusionCodec(Pretrained):
         super().__init__(source, digest, device)
         self.size = size
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the parts that an image becomes."""
+    def shapes(self, name: str = "image") -> dict[str, tuple[int, ...]]:
         return {"clip_img": (1, 512), "z": (4, self.size // 8, self.size // 8)}
 
     @cached_property
@@ -153,7 +145,15 @@ class StableDiffusionCodec(Pretrained):
             generator: draws z from its distribution, as training and the official sampler do; None
                 for the mean.
         """
-        return self.from_disk(self.to_disk(images), generator and [generator] * len(images))
+        return self.encode_parts("image", images, generator)
+
+    def encode_parts(
+        self, name: str, items: Sequence[ImageLike], generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        return self.from_disk(name, self.to_disk(items), generator and [generator] * len(items))
+
+    def decode_parts(self, name: str, latents: dict[str, Tensor]) -> list[Image.Image]:
+        return self.decode(latents)
 
     def decode(self, latents: dict[str, Tensor]) -> list[Image.Image]:
         """``z`` (B, 4, S/8, S/8) -> RGB images; values outside the range are clipped."""
@@ -182,9 +182,10 @@ class StableDiffusionCodec(Pretrained):
         return {"moments": moments.cpu(), "clip_img": embedding.cpu()}
 
     def from_disk(
-        self, stored: dict[str, Tensor], generators: Sequence[torch.Generator] | None = None
+        self, name: str, stored: dict[str, Tensor],
+        generators: Sequence[torch.Generator] | None = None,
     ) -> dict[str, Tensor]:
-        """Latents of what :meth:`to_disk` made; drawn with one generator a row, or the mean."""
+        """Latents of what :meth:`to_disk` made: drawn, or without generators the mean."""
         z, std = stored["moments"].float().chunk(2, dim=1)
         if generators:
             z = z + std * torch.stack([torch.randn(z.shape[1:], generator=g) for g in generators])
@@ -255,12 +256,11 @@ class CaptionDecoderCodec(Pretrained):
         hidden = network(ids.to(self.device)).last_hidden_state                # (B, L, 768)
         return self.decoder[0].encode_prefix(hidden).cpu()
 
-    @torch.no_grad()
     def decode(self, z: Tensor) -> list[str]:
         """(B, length, dim) -> captions, by beam search."""
         network, tokenizer = self.decoder
-        ids = network.continued(z.float().to(self.device), tokenizer.eos_token_id)
-        return [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        ids = network.captions(z.float().to(self.device), tokenizer.eos_token_id)
+        return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
 
     def split(self, caption: str) -> list[str]:
         """A caption's words and marks, by which captions are compared."""
@@ -312,15 +312,44 @@ class CaptionDecoder(nn.Module):
         made.load_state_dict(state)
         return made
 
-    def continued(self, z: Tensor, end: int) -> Tensor:
-        """(B, length, hidden) -> token ids (B, at most MOST_TOKENS), filled up with ``end``."""
+    def captions(self, z: Tensor, end: int) -> list[list[int]]:
+        """(B, length, hidden) -> for each the best beam's token ids, its ``end`` included."""
+        tokens, lengths, mean = self.beams(z, end)
+        chosen = mean.argmax(1).tolist()
+        return [tokens[i, k, : lengths[i, k]].tolist() for i, k in enumerate(chosen)]
+
+    @torch.no_grad()
+    def beams(self, z: Tensor, end: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The official beam search: tokens (B, K, at most 67), how many count, and their mean logp.
+
+        Beams compete by their mean log-probability per token.  One that has ended keeps its place
+        as long as it is among the best.  (`generate` of transformers sets it aside and lets another
+        beam go on, which writes other captions.)
+        """
         prefix = self.decode_prefix(z)                                         # (B, L, n_embd)
-        ones = torch.ones(prefix.shape[:2], dtype=torch.long, device=z.device)
-        return self.transformer.generate(
-            inputs_embeds=prefix, attention_mask=ones, max_new_tokens=MOST_TOKENS, num_beams=BEAMS,
-            do_sample=False, length_penalty=1.0, eos_token_id=end, pad_token_id=end,
-            bos_token_id=end,
-        )
+        out = self.transformer(inputs_embeds=prefix, use_cache=True)
+        cache, b = out.past_key_values, len(z)
+        cache.batch_repeat_interleave(BEAMS)
+        total, word = out.logits[:, -1].log_softmax(-1).topk(BEAMS)            # (B, K) each
+        tokens, ended = word[..., None], word == end                           # (B, K, 1), (B, K)
+        lengths = torch.ones_like(word)
+        first = BEAMS * torch.arange(b, device=z.device)[:, None]              # of each caption
+        while tokens.shape[-1] < MOST_TOKENS and not ended.all():
+            out = self.transformer(tokens[..., -1].reshape(-1, 1), past_key_values=cache,
+                                   use_cache=True)
+            logp = out.logits[:, -1].log_softmax(-1).unflatten(0, (b, BEAMS))  # (B, K, V)
+            logp[ended] = -torch.inf
+            logp[..., 0][ended] = 0  # goes on in one way, which costs nothing
+            lengths = lengths + ~ended
+            mean = (total[..., None] + logp) / lengths[..., None]
+            best, where = mean.flatten(1).topk(BEAMS)                          # (B, K) each
+            beam, word = where // logp.shape[-1], where % logp.shape[-1]
+            lengths, ended = lengths.gather(1, beam), ended.gather(1, beam) | (word == end)
+            tokens = torch.stack([own[k] for own, k in zip(tokens, beam, strict=True)])
+            tokens = torch.cat([tokens, word[..., None]], dim=-1)
+            total = best * lengths
+            cache.reorder_cache((first + beam).flatten())
+        return tokens, lengths, total / lengths
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -334,12 +363,8 @@ def find_components(source: str, components: Sequence[str]) -> Path:
     """
     folder = Path(source)
     if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
         try:
-            folder = Path(snapshot_download(
-                source, allow_patterns=[f"{name}/*" for name in components],
-                ignore_patterns=["*.fp16.*", "*.msgpack", "*.h5"]))
+            folder = _download(source, components)
         except Exception as error:  # of the hub's library, of HTTP, of the network, of the name
             raise ValueError(f"{source!r} is neither a folder here nor a name that can be "
                              f"downloaded now: {first_line(error)}. It needs "
@@ -350,6 +375,18 @@ def find_components(source: str, components: Sequence[str]) -> Path:
         raise ValueError(f"{source} lacks {', '.join(missing)}: it must be laid out as diffusers "
                          "lays out a UniDiffuserPipeline")
     return folder
+
+
+def _download(source: str, components: Sequence[str]) -> Path:
+    """The folder that the hub's library keeps; weights as .bin only where there are no others."""
+    from huggingface_hub import snapshot_download
+
+    other = ["*.fp16.*", "*.msgpack", "*.h5"]
+    folder = Path(snapshot_download(source, allow_patterns=[f"{name}/*" for name in components],
+                                    ignore_patterns=[*other, "*.bin"]))
+    bare = [f"{name}/*.bin" for name in components
+            if not any((folder / name).glob("*.safetensors"))]
+    return Path(snapshot_download(source, allow_patterns=bare, ignore_patterns=other))
 
 
 def digest_of(folders: Iterable[Path]) -> str:

@@ -145,7 +145,7 @@ def fit_codecs(cfg: "Config", shards: list[Callable[[], "datasets.Dataset"]]) ->
     from ..images import to_uint8
     from ..pipeline import make_codecs
 
-    if cfg.image_codec == "sd-vae+clip" and cfg.caption_codec == "clip+gpt2":
+    if len(cfg.pretrained_codecs()) == 2:
         return make_codecs(cfg)  # nothing is fitted
     most = max(1, FIT_BYTES // (3 * cfg.image_size**2))
     pixels, captions = [], []
@@ -192,8 +192,6 @@ def encode(
     """
     from tqdm.auto import tqdm
 
-    from ..codecs import Pretrained
-
     out, state = Path(out), processes()
     shards = source_shards(source, shard_rows, cfg.filters)
     begun = {"source": str(source), "files": _digest_of_files(source_files(source)),
@@ -204,8 +202,7 @@ def encode(
     state.wait_for_everyone()
     codecs = load_codecs(out, cfg.pretrained)
     for codec in codecs.values():
-        if isinstance(codec, Pretrained):
-            codec.to(state.device)
+        codec.to(state.device)
     mine = range(state.process_index, len(shards), state.num_processes)
     for number in tqdm(mine, unit="shard", disable=not (progress and state.is_main_process)):
         if read_shard_record(out, number, check=True) is None:
@@ -342,10 +339,8 @@ def encode_rows(
 
 def to_disk(name: str, codecs: dict[str, Any], items: Sequence[Any]) -> dict[str, "Tensor"]:
     """What is kept of items of a modality; floats in float16."""
-    codec = codecs[name]
-    own = hasattr(codec, "to_disk")
-    made = codec.to_disk(items) if own else {"latents": codec.encode(items)}
-    return {f"{name}.{k}": v.half() if v.is_floating_point() else v for k, v in made.items()}
+    return {f"{name}.{k}": v.half() if v.is_floating_point() else v
+            for k, v in codecs[name].to_disk(items).items()}
 
 
 def from_disk(
@@ -358,14 +353,10 @@ def from_disk(
         stored: tensors by ``modality.name``, as read.
         generators: one for each row, where an encoder's distribution is drawn from.
     """
-    from ..codecs import by_part
-
     latents = {}
     for name, codec in codecs.items():
         own = {k.removeprefix(f"{name}."): v for k, v in stored.items() if k.startswith(f"{name}.")}
-        has = hasattr(codec, "from_disk")
-        made = codec.from_disk(own, generators) if has else own["latents"]
-        latents.update({part: z.float() for part, z in by_part(name, made).items()})
+        latents.update(codec.from_disk(name, own, generators))
     return latents
 
 
@@ -382,7 +373,7 @@ def why_not(codec: Any, caption: str | None) -> str | None:
     """Why a caption cannot be encoded, in few words; None where it can."""
     if not (caption or "").split():
         return "no caption"
-    return codec.refuses(caption) if hasattr(codec, "refuses") else None
+    return codec.refuses(caption)
 
 
 def read_shard_record(out: Path, number: int, check: bool = False) -> dict[str, Any] | None:

@@ -103,10 +103,11 @@ class TableSource:
     def __init__(self, cfg: "Config"):
         from ..pipeline import make_codecs, training_arrays
 
-        if cfg.image_codec == "sd-vae+clip" or cfg.caption_codec == "clip+gpt2":
-            raise ValueError("pretrained codecs are too slow to run at every step: encode the "
-                             f"table once (python -m minidiffuser data encode {cfg.data} --out "
-                             "FEATURES, with this preset) and train with --data FEATURES")
+        if slow := cfg.pretrained_codecs():
+            raise ValueError(f"{' and '.join(slow)}: pretrained codecs are too slow to run at "
+                             "every step. Encode the table once (python -m minidiffuser data "
+                             f"encode {cfg.data} --out FEATURES, with this preset) and train with "
+                             "--data FEATURES")
         self.images, self.captions = training_arrays(cfg)
         self.codecs = make_codecs(cfg, self.images, self.captions)
         self.ids = self.codecs["text"].encode_ids(self.captions)
@@ -142,7 +143,7 @@ class FeatureSource:
         features.check_fits(cfg.data, cfg)
         self.folder = Path(cfg.data)
         self.codecs: dict[str, Any] = features.load_codecs(self.folder, cfg.pretrained)
-        self.draws = any(getattr(codec, "random", False) for codec in self.codecs.values())
+        self.draws = any(codec.random for codec in self.codecs.values())
         self.sizes = [s["rows"] for s in features.read_index(self.folder)["shards"]]
         self.identity: str | None = features.identity(self.folder)
         self.order = ShardOrder(self.sizes, cfg.batch_size, cfg.seed, window)
