@@ -1,7 +1,7 @@
 """What a model is and how it is trained, as data: parts, networks, and one table of presets.
 
 ``PRESETS`` goes from ``toy``, which trains in seconds, to the official 952M-parameter UniDiffuser.
-Every value can be changed from the command line: ``python -m minidiffuser train emoji --dim 256``.
+Every value can be changed from the command line: ``python -m minidiffuser train emoji --dim 240``.
 """
 
 import dataclasses

@@ -390,6 +390,21 @@ def test_make_help_lists_every_target():
     assert re.findall(r"^make (\w+) +\S", listed, re.MULTILINE) == targets
 
 
+def test_every_training_that_is_written_down_can_begin():
+    """Its preset and settings exist, and make a network."""
+    from minidiffuser.config import overrides, preset
+
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("data/**/*.md"),
+             *(ROOT / "minidiffuser").rglob("*.py")]
+    texts = [page.read_text().replace("\\\n", " ") for page in pages]  # lines that go on
+    found = [match for text in texts for match in
+             re.findall(r"-m minidiffuser train ([a-z][\w-]*)([^\n`#\"]*)", text)]
+    assert len(found) >= 8
+    for name, words in found:
+        words = words.replace("--out", "--data").replace("...", "").strip(" .").split()
+        preset(name).replace(**overrides(words)).network()
+
+
 def test_ci_runs_the_tests():
     script = ROOT / ".ci" / "run"
     subprocess.run(["bash", "-n", str(script)], check=True)
